@@ -1,0 +1,85 @@
+"""autoprec: find, by measuring, the number format each layer of a transformer should compute in.
+
+Names are loaded on first use, so `import autoprec` brings in neither torch nor optuna.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autoprec.errors import AutoprecError
+    from autoprec.exporters import export
+    from autoprec.measurement import measure
+    from autoprec.plan import Plan
+    from autoprec.probe.device import probe_device
+    from autoprec.probe.units import probe_units
+    from autoprec.probe.workload import Workload
+    from autoprec.recommender.recommender import Recommendation, recommend
+    from autoprec.records import SearchResult
+    from autoprec.runtime.attach import Applied, applied, apply
+    from autoprec.study.run import search
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Applied": "autoprec.runtime.attach",
+    "AutoprecError": "autoprec.errors",
+    "Plan": "autoprec.plan",
+    "Recommendation": "autoprec.recommender.recommender",
+    "SearchResult": "autoprec.records",
+    "Workload": "autoprec.probe.workload",
+    "applied": "autoprec.runtime.attach",
+    "apply": "autoprec.runtime.attach",
+    "export": "autoprec.exporters",
+    "measure": "autoprec.measurement",
+    "probe_device": "autoprec.probe.device",
+    "probe_units": "autoprec.probe.units",
+    "recommend": "autoprec.recommender.recommender",
+    "search": "autoprec.study.run",
+}
+
+__all__ = [
+    "Applied",
+    "AutoprecError",
+    "Plan",
+    "Recommendation",
+    "SearchResult",
+    "Workload",
+    "applied",
+    "apply",
+    "export",
+    "measure",
+    "probe_device",
+    "probe_units",
+    "recommend",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autoprec' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _teach_plans() -> None:
+    """Let `Plan.uniform(model, …)` take an nn.Module: plans are below probes, so the package joins the two."""
+    from autoprec.plan import set_profiler
+
+    def profile(model: Any) -> Any:
+        from autoprec.probe.units import probe_units
+
+        return probe_units(model)
+
+    set_profiler(profile)
+
+
+_teach_plans()

@@ -1,0 +1,66 @@
+"""Every error a user can cause. The message says what is wrong, with the value, and what to try.
+
+AutoprecError
+├── UsageError          an argument that cannot be read (exit code 2 on the command line)
+├── PlanError           a plan that cannot be read, does not fit the model, or asks what cannot be
+├── ModelError          a model that cannot be loaded, understood or run
+├── DataError           text or batches that cannot be used
+├── DeviceError         a device that is absent or cannot do what was asked
+├── MeasurementError    a run that gave no usable figure
+└── StudyError          a run folder or storage that cannot be used now
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AutoprecError",
+    "DataError",
+    "DeviceError",
+    "MeasurementError",
+    "ModelError",
+    "PlanError",
+    "StudyError",
+    "UsageError",
+    "closest",
+]
+
+
+class AutoprecError(Exception):
+    """Base of all errors raised on purpose; `str(error)` is meant for the person who made the call."""
+
+
+class UsageError(AutoprecError, ValueError):
+    """An argument that cannot be read, such as a duration of '2hours'."""
+
+
+class PlanError(AutoprecError):
+    """A plan that is damaged, foreign, does not fit the model, or asks for what cannot be done."""
+
+
+class ModelError(AutoprecError):
+    """A model that cannot be loaded safely, placed in units, or run."""
+
+
+class DataError(AutoprecError):
+    """Data that is missing, empty, binary, or does not suit the task."""
+
+
+class DeviceError(AutoprecError):
+    """A device that is not here, not known, or lacks a format."""
+
+
+class MeasurementError(AutoprecError):
+    """A measurement that gave no usable figure, such as a reference loss that is not finite."""
+
+
+class StudyError(AutoprecError):
+    """A run folder or storage that is in use, unreadable, or belongs to another model."""
+
+
+def closest(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """Return '; closest: a, b' for the most similar candidates, or '' when none is near."""
+    near = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
+    return f"; closest: {', '.join(near)}" if near else ""
