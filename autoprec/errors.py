@@ -7,7 +7,8 @@ AutoprecError
 ├── DataError           text or batches that cannot be used
 ├── DeviceError         a device that is absent or cannot do what was asked
 ├── MeasurementError    a run that gave no usable figure
-└── StudyError          a run folder or storage that cannot be used now
+├── StudyError          a run folder or storage that cannot be used now
+└── Interrupted         the user stopped a search; what was measured is kept (exit code 130)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = [
     "AutoprecError",
     "DataError",
     "DeviceError",
+    "Interrupted",
     "MeasurementError",
     "ModelError",
     "PlanError",
@@ -58,6 +60,15 @@ class MeasurementError(AutoprecError):
 
 class StudyError(AutoprecError):
     """A run folder or storage that is in use, unreadable, or belongs to another model."""
+
+
+class Interrupted(AutoprecError):
+    """The user stopped a search; `folder` holds what was measured and `result` the front so far, if there is one."""
+
+    def __init__(self, message: str, *, folder: str | None = None, result: object | None = None) -> None:
+        super().__init__(message)
+        self.folder = folder
+        self.result = result
 
 
 def closest(name: str, candidates: Iterable[str], count: int = 3) -> str:

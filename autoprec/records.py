@@ -22,6 +22,7 @@ __all__ = [
     "ModelProfile",
     "Origin",
     "Pinned",
+    "Progress",
     "Removal",
     "Role",
     "SearchResult",
@@ -318,3 +319,16 @@ class SearchResult:
     removed: tuple[Removal, ...]
     folder: str | None
     seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One line of news from a running search, for whoever shows it."""
+
+    stage: str  #: probe, baselines, search, done
+    message: str
+    elapsed_seconds: float
+    #: expected seconds until the end of this stage, where it can be told
+    eta_seconds: float | None = None
+    trial: int | None = None
+    measurement: Measurement | None = None
