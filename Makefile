@@ -1,0 +1,80 @@
+# Every target sets itself up: a virtual environment in $(VENV), filled with the versions of constraints.txt.
+
+VENV ?= .venv
+PYTHON ?= python3
+BUDGET ?= 2m
+PYTEST_ARGS ?= -q
+BENCHMARKS ?= $(wildcard benchmarks/bench_*.py)
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -c constraints.txt
+DEMO_READY := $(VENV)/.ready-demo
+TEST_READY := $(VENV)/.ready-test
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types fast real nightly gpu bench models clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-12s", $$2; $$1 = $$2 = ""; print $$0}'
+
+demo: $(DEMO_READY) ## search the shipped demo model for $(BUDGET) and print the front
+	$(BIN)/autoprec search demo --budget $(BUDGET)
+
+test: lint types ## lint, types and all tests but real, nightly and gpu
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_READY) ## ruff, check and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(TEST_READY) ## mypy, strict
+	$(BIN)/python -m mypy
+
+fast: $(TEST_READY) ## the tests that take seconds
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not real and not nightly and not gpu"
+
+real: models ## the tests on real trained models
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m "real and not nightly and not gpu"
+
+nightly: models ## the long tests on real trained models
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 7200 -m "nightly and not gpu"
+
+gpu: $(TEST_READY) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "gpu"
+
+bench: $(TEST_READY) ## run the benchmarks and write benchmarks/results/
+	@set -e; for script in $(BENCHMARKS); do echo "$(BIN)/python $$script"; $(BIN)/python $$script; done
+
+models: $(TEST_READY) ## prepare the trained models and texts of the real tests
+	$(BIN)/python benchmarks/models.py
+
+clean: ## remove the environment, caches and builds; run folders stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A mark holds the folder it was made in: an environment that was moved, or lost its Python, is made again.
+define whole
+$(shell $(BIN)/python -P -c 'import autoprec, pip; print(open("$(1)").read().strip())' 2>/dev/null)
+endef
+ifneq ($(call whole,$(DEMO_READY)),$(CURDIR))
+.PHONY: $(DEMO_READY)
+endif
+ifneq ($(call whole,$(TEST_READY)),$(CURDIR))
+.PHONY: $(TEST_READY)
+endif
+
+define environment
+@$(PYTHON) -c 'import sys; sys.exit("autoprec needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+@rm -f $@
+@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+endef
+
+$(DEMO_READY): pyproject.toml constraints.txt
+	$(environment)
+	$(INSTALL) -e .
+	@echo "$(CURDIR)" > $@
+
+$(TEST_READY): pyproject.toml constraints.txt
+	$(environment)
+	$(INSTALL) -e '.[test]'
+	@echo "$(CURDIR)" | tee $(DEMO_READY) > $@

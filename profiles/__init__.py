@@ -1,0 +1,1 @@
+"""What is known about devices and past runs; shipped as `autoprec.profiles`."""

@@ -1,0 +1,1 @@
+"""Devices as TOML files, one a device: peaks with their sources."""
