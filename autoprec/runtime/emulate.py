@@ -1,0 +1,70 @@
+"""Rounding to a number format, bit-exact, on any device.
+
+Values are rounded to nearest, ties to even, as every cast in PyTorch does. Where torch stores the format the
+cast itself is used; TF32 has no dtype and is rounded on the bits of FP32. FP8 saturates: what is larger than
+the format's maximum becomes the maximum, as training kernels do (older torch casts gave NaN there).
+
+Scales follow torchao 0.18: the largest finite value over the largest magnitude, divided in FP64 so that eager
+and compiled code agree, held in FP32. What is not modelled: the order of accumulation, split-K in reduced
+precision, the inside of attention kernels, and Hopper's limited accumulation of FP8 products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoprec.formats import TF32, NumberFormat
+
+__all__ = ["fp8_quantize", "round_to", "torch_dtype"]
+
+#: below this magnitude a tensor counts as zero for its scale (torchao 0.18, float8_utils.EPS)
+_AMAX_FLOOR = 1e-12
+
+
+def torch_dtype(layout: NumberFormat) -> torch.dtype:
+    """Return the dtype that stores `layout`; TF32 is stored as FP32."""
+    dtype = getattr(torch, layout.torch_name or "float32")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def round_to(values: Tensor, layout: NumberFormat) -> Tensor:
+    """Return `values` rounded to `layout`, in their own dtype and shape.
+
+    NaN stays NaN. Infinities stay in formats that have them; FP8 layouts saturate at their maximum (also E5M2,
+    as torchao does). The result is exact if the dtype of `values` can hold it, which FP32 always can.
+    """
+    if layout is TF32:
+        return _round_tf32(values)
+    if layout.bits == 8:
+        values = values.clamp(-layout.max, layout.max)
+    return values.to(torch_dtype(layout)).to(values.dtype)
+
+
+def _round_tf32(values: Tensor) -> Tensor:
+    """Round FP32 bits to 10 fraction bits: add half of the 13 dropped bits (and the last kept one for ties), cut."""
+    bits = values.float().view(torch.int32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return torch.where(values.isfinite(), rounded.view(torch.float32), values.float()).to(values.dtype)
+
+
+def fp8_quantize(
+    values: Tensor, layout: NumberFormat, *, reduce_dim: int | None = None, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scale and round `values` to an FP8 layout.
+
+    Args:
+        values: any floating dtype; computed in FP32.
+        reduce_dim: dimension of the coming matmul's sum, for one scale a row; None for one scale a tensor.
+        power_of_two: round the scale down to a power of two, so that scaling itself loses nothing.
+
+    Returns:
+        the rounded scaled values in FP32, and the scale in FP32: values ≈ rounded / scale.
+    """
+    wide = values.float()
+    amax = wide.abs().amax() if reduce_dim is None else wide.abs().amax(dim=reduce_dim, keepdim=True)
+    scale = (layout.max / amax.double().clamp(min=_AMAX_FLOOR)).float()
+    if power_of_two:
+        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    return round_to(wide * scale, layout), scale

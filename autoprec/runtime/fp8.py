@@ -1,0 +1,121 @@
+"""FP8 matmuls of a linear leaf: real ones through torchao, emulated ones with the same rounding and none of the speed.
+
+Forward `y = x·w`: x and w in E4M3, the sum in FP32, y rounded to the output dtype. Backward: the incoming
+gradient in E5M2 (recipe `tensorwise`) or E4M3 (`rowwise`), both products rounded to the dtype of their gradient.
+`tensorwise` has one scale a tensor; `rowwise` one power-of-two scale for each row of each operand.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprec.formats import Format, Fp8Family, Fp8Recipe, NumberFormat, layout
+from autoprec.runtime.emulate import fp8_quantize
+
+__all__ = ["fp8_emulated_matmul", "fp8_matmul", "fp8_missing"]
+
+#: tensor cores take FP8 operands in groups of 16 bytes
+_ALIGNMENT = 16
+
+
+def fp8_missing(device: torch.device) -> str | None:
+    """Return why FP8 matmuls cannot run on `device`, or None if they can."""
+    if device.type != "cuda":
+        return f"{device.type} has no FP8 matmul in PyTorch"
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(device).gcnArchName
+        if not arch.startswith(("gfx942", "gfx95", "gfx12")):
+            return f"FP8 needs gfx942 or newer; this is {arch}"
+    elif torch.cuda.get_device_capability(device) < (8, 9):
+        have = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        name = torch.cuda.get_device_name(device)
+        return f"FP8 needs compute capability 8.9 or newer; this is an {name} ({have})"
+    if find_spec("torchao") is None:
+        return "torchao is not installed; pip install 'autoprec[fp8]'"
+    return None
+
+
+def fp8_misaligned(inputs: int, outputs: int) -> str | None:
+    """Return why a leaf of these feature counts has no FP8 kernel, or None if it has."""
+    if inputs % _ALIGNMENT or outputs % _ALIGNMENT:
+        return f"FP8 kernels need multiples of {_ALIGNMENT}, and this leaf is {inputs}x{outputs}"
+    return None
+
+
+@functools.lru_cache(maxsize=4)
+def _torchao(recipe: Fp8Recipe) -> tuple[Any, Any, Any]:
+    """Return torchao's matmul function with its two configurations for `recipe`."""
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+    from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
+
+    config = Float8LinearConfig.from_recipe_name(recipe.value)
+    products = [
+        ScaledMMConfig(config.emulate, gemm.use_fast_accum, False, config.pad_inner_dim)
+        for gemm in (config.gemm_config_output, config.gemm_config_grad_input, config.gemm_config_grad_weight)
+    ]
+    return matmul_with_hp_or_float8_args, LinearMMConfig(*products), config
+
+
+def fp8_matmul(x: Tensor, weight_io: Tensor, recipe: Fp8Recipe) -> Tensor:
+    """Return `x @ weight_io` in FP8 on the device's FP8 units.
+
+    Args:
+        x: [..., in], in the dtype the result shall have.
+        weight_io: [in, out] (an `nn.Linear`'s weight transposed).
+    """
+    function, products, config = _torchao(recipe)
+    result: Tensor = function.apply(x, weight_io, products, config)
+    return result
+
+
+class _EmulatedMatmul(torch.autograd.Function):
+    """FP8's rounding in FP32 arithmetic; call with autocast off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family: Fp8Family) -> Tensor:
+        ctx.save_for_backward(x, weight_io)
+        ctx.recipe, ctx.family = recipe, family
+        values = layout(Format.FP8, family=family, recipe=recipe)
+        flat = x.reshape(-1, x.shape[-1])
+        return _product(flat, weight_io, values, values, recipe).to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight_io = ctx.saved_tensors
+        recipe, family = ctx.recipe, ctx.family
+        values = layout(Format.FP8, family=family, recipe=recipe)
+        gradients = layout(Format.FP8, gradient=True, family=family, recipe=recipe)
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(grad, weight_io.t(), gradients, values, recipe).to(x.dtype).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            # rounded to the dtype of the layer's result first, as the kernel's output is, then held as the weight is
+            grad_w = _product(flat.t(), grad, values, gradients, recipe).to(grads[0].dtype).to(weight_io.dtype)
+        return grad_x, grad_w, None, None
+
+
+def _product(a: Tensor, b: Tensor, of_a: NumberFormat, of_b: NumberFormat, recipe: Fp8Recipe) -> Tensor:
+    """Return a[m, k] @ b[k, n] with both rounded to FP8, summed in FP32 and unscaled."""
+    rows = recipe is Fp8Recipe.ROWWISE
+    a8, a_scale = fp8_quantize(a, of_a, reduce_dim=1 if rows else None, power_of_two=rows)
+    b8, b_scale = fp8_quantize(b, of_b, reduce_dim=0 if rows else None, power_of_two=rows)
+    return (a8 @ b8) / (a_scale * b_scale)
+
+
+def fp8_emulated_matmul(
+    x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family: Fp8Family = Fp8Family.OCP
+) -> Tensor:
+    """Return `x @ weight_io` with FP8's rounding forward and backward, in FP32 arithmetic.
+
+    Shapes as in `fp8_matmul`. Its speed says nothing about FP8.
+    """
+    result: Tensor = _EmulatedMatmul.apply(x, weight_io, recipe, family)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,199 @@
+"""Scopes: modules whose class was swapped for a subclass that runs the old forward in a given precision.
+
+A swap changes neither parameters, names, hooks nor the object itself, and survives `torch.compile`, activation
+checkpointing, `deepcopy`, pickling, PEFT, DDP and FSDP2; wrappers, patched `forward` attributes and hooks that
+enter contexts each break at least one of these. Every autocast region names its dtype and turns the weight
+cache off, because that cache is keyed by weight alone: a weight used in two formats would get a stale cast.
+
+| scope | on | does |
+|---|---|---|
+| AmbientScope | the root | autocast in the ambient format, or autocast off |
+| UnitScope | a module that holds a unit | autocast in the unit's format; FP32: autocast off and float inputs |
+| GemmScope | one leaf | casts input and weight, computes with autocast off |
+| Fp8Scope | one leaf | FP8 matmul, result in the ambient format |
+| LookupScope | an embedding | rounds the looked-up values, hands them on in the stream's format |
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoprec.formats import Fp8Family, Fp8Recipe
+from autoprec.runtime.fp8 import fp8_emulated_matmul, fp8_matmul
+
+__all__ = ["AmbientScope", "Fp8Scope", "GemmScope", "LookupScope", "Scope", "UnitScope", "enter_scope", "leave_scope"]
+
+Forward = Callable[..., Any]
+
+#: what an FP32 scope widens; FP64 stays
+_LOW = frozenset({torch.float16, torch.bfloat16})
+
+
+class Scope:
+    """What all scopes share: the class they stand on, and a way back from a pickle."""
+
+    _autoprec_base: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kinds, base = _layers(type(self))
+        return _rebuild, (kinds, base), self.__dict__
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the base class's `forward` of `module` in this scope's precision."""
+        raise TypeError(f"{cls.__name__} is no scope by itself")
+
+
+class AmbientScope(Scope):
+    """The root's scope; `_autoprec_ambient` is the autocast dtype, None for autocast off."""
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _autocast(_device_type(module), module._autoprec_ambient):
+            return forward(module, *args, **kwargs)
+
+
+class UnitScope(Scope):
+    """A unit's container; `_autoprec_dtype` its format, `_autoprec_stream` the dtype of what it hands on, or None."""
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        dtype = module._autoprec_dtype
+        if dtype is torch.float32:
+            with _autocast(_device_type(module), None):
+                result = forward(module, *_cast(args, dtype, _LOW), **_cast(kwargs, dtype, _LOW))
+        else:
+            with _autocast(_device_type(module), dtype):
+                result = forward(module, *args, **kwargs)
+        return _cast(result, module._autoprec_stream) if module._autoprec_stream is not None else result
+
+
+class GemmScope(Scope):
+    """A linear or convolution leaf that casts its operands to `_autoprec_dtype` itself."""
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, dtype = _only_input(args, kwargs), module._autoprec_dtype
+        bias = None if module.bias is None else module.bias.to(dtype)
+        with _autocast(x.device.type, None):
+            if isinstance(module, nn.Linear):
+                result = F.linear(x.to(dtype), module.weight.to(dtype), bias)
+            elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                result = module._conv_forward(x.to(dtype), module.weight.to(dtype), bias)
+            else:
+                result = _affine(x.to(dtype), module.weight.to(dtype), bias)
+        return result if module._autoprec_stream is None else result.to(module._autoprec_stream)
+
+
+class Fp8Scope(Scope):
+    """A linear leaf in FP8; `_autoprec_dtype` is the dtype of its result, and of x before it is scaled."""
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, dtype = _only_input(args, kwargs), module._autoprec_dtype
+        weight_io = module.weight.t() if isinstance(module, nn.Linear) else module.weight
+        recipe = module._autoprec_recipe
+        with _autocast(x.device.type, None):
+            if module._autoprec_emulate:
+                result = fp8_emulated_matmul(x.to(dtype), weight_io, recipe, module._autoprec_family)
+            else:
+                result = fp8_matmul(x.to(dtype), weight_io, recipe)
+            if module.bias is not None:
+                result = result + module.bias.to(dtype)
+        return result if module._autoprec_stream is None else result.to(module._autoprec_stream)
+
+
+class LookupScope(Scope):
+    """An embedding whose looked-up values are rounded to `_autoprec_dtype` and handed on as `_autoprec_stream`."""
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return forward(module, *args, **kwargs).to(module._autoprec_dtype).to(module._autoprec_stream)
+
+
+def enter_scope(module: nn.Module, kind: type[Scope], **settings: torch.dtype | Fp8Recipe | Fp8Family | bool | None) -> None:
+    """Swap `module.__class__` for its `kind` of scope with the given settings."""
+    for name, value in settings.items():
+        module.__dict__[f"_autoprec_{name}"] = value
+    module.__class__ = _scoped(kind, type(module))
+
+
+def leave_scope(module: nn.Module) -> None:
+    """Undo all `enter_scope` of `module`."""
+    while isinstance(module, Scope):
+        module.__class__ = cast(type[nn.Module], type(module)._autoprec_base)
+    for name in [n for n in module.__dict__ if n.startswith("_autoprec_")]:
+        del module.__dict__[name]
+
+
+@functools.cache
+def _scoped(kind: type[Scope], base: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `base` that runs in `kind`; it keeps the name, which savers write into files."""
+    original = base.forward
+
+    @functools.wraps(original)  # keeps the signature, by which trainers choose a batch's columns
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.run(self, original, args, kwargs)
+
+    body = {"forward": forward, "_autoprec_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return cast(type[nn.Module], type(base.__name__, (kind, base), body))
+
+
+def _layers(scoped: type) -> tuple[tuple[type[Scope], ...], type]:
+    """Return the kinds of scope of a class, innermost first, and the class below them all."""
+    kinds: list[type[Scope]] = []
+    while issubclass(scoped, Scope):
+        kinds.insert(0, scoped.__bases__[0])
+        scoped = scoped._autoprec_base
+    return tuple(kinds), scoped
+
+
+def _rebuild(kinds: tuple[type[Scope], ...], base: type[nn.Module]) -> nn.Module:
+    for kind in kinds:
+        base = _scoped(kind, base)
+    return base.__new__(base)
+
+
+def _autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
+    if dtype is None:
+        return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, dtype=dtype, cache_enabled=False)
+
+
+def _device_type(module: nn.Module) -> str:
+    for parameter in module.parameters():
+        return parameter.device.type
+    return "cpu"
+
+
+def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
+
+
+def _affine(x: Tensor, weight_io: Tensor, bias: Tensor | None) -> Tensor:
+    """Hugging Face's Conv1D: weight [in, out], written as its own addmm so that results are equal bit for bit."""
+    flat = x.reshape(-1, x.shape[-1])
+    result = flat @ weight_io if bias is None else torch.addmm(bias, flat, weight_io)
+    return result.reshape(*x.shape[:-1], weight_io.shape[1])
+
+
+def _cast(value: Any, dtype: torch.dtype, only: frozenset[torch.dtype] | None = None) -> Any:
+    """Cast floating tensors (of the dtypes `only`) in nested containers; other objects, such as caches, pass."""
+    if isinstance(value, Tensor):
+        wanted = value.is_floating_point() if only is None else value.dtype in only
+        return value.to(dtype) if wanted else value
+    if isinstance(value, tuple | list):
+        items = [_cast(item, dtype, only) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is dict:
+        return {key: _cast(item, dtype, only) for key, item in value.items()}
+    if isinstance(value, dict):
+        for key, item in value.items():  # a ModelOutput is changed in place: it knows its own fields
+            value[key] = _cast(item, dtype, only)
+    return value
