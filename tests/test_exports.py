@@ -12,7 +12,7 @@ import autoprec
 
 def names_for_type_checkers() -> dict[str, str]:
     """Return the home of each name that `__init__` imports under TYPE_CHECKING."""
-    homes = {}
+    homes: dict[str, str] = {}
     for node in ast.parse(Path(autoprec.__file__).read_text()).body:
         if isinstance(node, ast.If):
             for line in node.body:

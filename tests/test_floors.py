@@ -1,6 +1,6 @@
 """The house as a test: a file imports only from lower floors, and each heavy library has one home.
 
-Imports are read from the source, those inside functions too (a lazy import still ties two files); only what stands under
+Imports are read from the source, those inside functions too (a lazy import still ties two files); what stands under
 `if TYPE_CHECKING` does not count, because it never runs.
 """
 
