@@ -1,0 +1,93 @@
+"""`autoprec recommend`: a plan in seconds, from facts and rules."""
+
+from __future__ import annotations
+
+import click
+
+from autoprec.cli.common import (
+    device_option,
+    errors_console,
+    folder,
+    json_option,
+    max_drop_option,
+    mode_option,
+    print_json,
+    quiet,
+    result_console,
+)
+
+__all__ = ["command"]
+
+
+@click.command("recommend")
+@click.argument("model")
+@device_option
+@mode_option
+@click.option(
+    "--method",
+    type=click.Choice(["full", "lora", "qlora"]),
+    default="full",
+    show_default=True,
+    help="What is trained: all weights, adapters, adapters on 4 bits.",
+)
+@click.option(
+    "--batch-size", metavar="N", type=click.IntRange(min=1), default=8, show_default=True, help="Examples a batch."
+)
+@click.option(
+    "--seq-len", metavar="N", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens an example."
+)
+@max_drop_option
+@click.option("--explain", is_flag=True, help="Every unit on its own, memory and expectations too.")
+@click.option("--out", metavar="DIR", default=".", show_default=True, help="Folder for plan.json.")
+@json_option
+def command(
+    model: str,
+    device: str,
+    mode: str,
+    method: str,
+    batch_size: int,
+    seq_len: int,
+    max_drop: str,
+    explain: bool,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Suggest a plan in seconds, with its reasons.
+
+    MODEL is a Hugging Face id or local folder, 'demo', or file.py:function
+    returning a Workload or nn.Module. Nothing of it is run; its weights are
+    not read where its configuration says enough.
+    """
+    from autoprec.report.progress import News
+
+    with quiet(), News(errors_console()) as news:
+        news.doing(f"Reading {model}")
+        from autoprec.recommender.recommender import recommend
+
+        advice = recommend(
+            model,
+            device=device,
+            mode=mode,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            method=method,
+            max_drop=max_drop,
+        )
+    path = folder(out) / "plan.json"
+    advice.plan.save(path)
+    if as_json:
+        print_json(advice.to_json())
+        click.echo(f"Wrote {path}", err=True)
+        return
+    from autoprec.report.terminal import print_paths, print_plan, print_recommendation
+
+    console = result_console()
+    print_plan(console, advice.plan, every_unit=explain)
+    document = advice.to_json()
+    print_recommendation(
+        console,
+        reasons=document["reasons"],
+        memory=document["memory"] if explain else {},
+        expected=document["expected"] if explain else {},
+    )
+    print_paths(console, {"plan": str(path), "measure it": f"autoprec search {model} --mode {mode}"})

@@ -1,0 +1,91 @@
+"""From what stands on the command line to a workload, and the folders of earlier runs."""
+
+from __future__ import annotations
+
+import re
+import time
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoprec.errors import AutoprecError
+from autoprec.files import read_json
+
+if TYPE_CHECKING:
+    from autoprec.probe.workload import Workload
+
+__all__ = ["RUNS", "build_workload", "model_of_run", "new_run", "newest_run", "read_settings", "slug"]
+
+RUNS = Path("autoprec-runs")
+SETTINGS = Path("autoprec.toml")
+
+_RUN_NAME = re.compile(r"\d{8}-\d{6}-(?P<model>.+)")
+
+
+def build_workload(model: str, **options: Any) -> Workload:
+    """Return the workload of a model; options left out (None) are chosen by the library.
+
+    Raises:
+        ModelError, DataError: the model or its data cannot be used.
+    """
+    from autoprec.probe.workload import workload_from
+
+    return workload_from(model, **{name: value for name, value in options.items() if value is not None})
+
+
+def slug(model: str) -> str:
+    """Return the model's name as it stands in a run folder's name: 'models/GPT 2' is 'gpt-2'."""
+    last = model.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-") or "model"
+
+
+def new_run(model: str) -> Path:
+    """Return a folder name for a new search of `model`; nothing is made."""
+    base = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(model)}"
+    number, folder = 1, base
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def newest_run(model: str | None = None) -> Path | None:
+    """Return the newest run folder here, of `model` if given; None where there is none."""
+    if not RUNS.is_dir():
+        return None
+    found = [
+        path
+        for path in RUNS.iterdir()
+        if path.is_dir() and _RUN_NAME.fullmatch(path.name) and (model is None or model_of_run(path) == model)
+    ]
+    return max(found, key=lambda path: path.name, default=None)
+
+
+def model_of_run(folder: Path) -> str | None:
+    """Return the model that a run folder is about; None where its files do not say."""
+    for name in ("result.json", "units.json"):
+        if (folder / name).exists():
+            data = read_json(folder / name, what="run file")
+            found = data.get("model_id") if isinstance(data, dict) else None
+            if isinstance(found, str):
+                return found
+    return None
+
+
+def read_settings() -> dict[str, Any] | None:
+    """Return the settings of ./autoprec.toml, keyed by long option; None where there is no such file.
+
+    Raises:
+        AutoprecError: the file is no TOML, or holds more than one table of plain values.
+    """
+    try:
+        content = tomllib.loads(SETTINGS.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+        raise AutoprecError(
+            f"./{SETTINGS} cannot be read: {fault}. It holds one table [autoprec] whose keys are the long options, "
+            'such as model = "gpt2" and budget = "20m".'
+        ) from None
+    table = content.get("autoprec", content)
+    return dict(table) if isinstance(table, dict) else {"autoprec": table}

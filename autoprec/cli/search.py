@@ -1,0 +1,192 @@
+"""`autoprec search`: measure plans until the budget is spent, and say which to use."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from autoprec.cli.common import (
+    device_option,
+    errors_console,
+    json_option,
+    max_drop_option,
+    mode_option,
+    print_json,
+    quiet,
+    result_console,
+    workload_options,
+)
+from autoprec.cli.running import build_workload, model_of_run, new_run, newest_run, read_settings
+from autoprec.errors import Interrupted, UsageError, closest
+from autoprec.records import SearchResult
+
+__all__ = ["command"]
+
+_WORKLOAD = (
+    "data",
+    "task",
+    "batch_size",
+    "seq_len",
+    "batches",
+    "metric",
+    "trust_remote_code",
+    "mode",
+    "device",
+    "seed",
+)
+
+
+@click.command("search")
+@click.argument("model", required=False)
+@workload_options
+@click.option(
+    "--budget",
+    metavar="T",
+    default="20m",
+    show_default=True,
+    help="Wall-clock time for everything: 90s, 45m, 2h, 1h30m.",
+)
+@click.option(
+    "--trials", metavar="N", type=click.IntRange(min=1), help="Stop after so many trials.  [default: no limit]"
+)
+@device_option
+@mode_option
+@max_drop_option
+@click.option(
+    "--space",
+    metavar="NAME|FILE",
+    default="default",
+    show_default=True,
+    help="What may be chosen: default, roles, modules, or a TOML file.",
+)
+@click.option("--storage", metavar="URL", help="Optuna storage.  [default: a journal in the run folder]")
+@click.option("--resume", is_flag=True, help="Go on with --out, or with the model's newest run here.")
+@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed of data order and sampling.")
+@click.option("--out", metavar="DIR", help="Run folder.  [default: autoprec-runs/<time>-<model>]")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, /, **given: Any) -> None:
+    """Search for better plans by measuring them.
+
+    MODEL is a Hugging Face id or local folder, 'demo', or file.py:function
+    returning a Workload or nn.Module. Without MODEL: that of ./autoprec.toml
+    (one table, keys = the long options, all of which then apply), else that
+    of the newest run folder here, else 'demo'.
+
+    Ctrl-C keeps what was measured and prints the line that resumes.
+    """
+    options = _settled(ctx, given)
+    model, folder = options["model"], _folder(options)
+    from autoprec.report.progress import News
+
+    console = errors_console()
+    try:
+        with quiet(), News(console) as news:
+            news.say(options["said"] or f"Searching {model}")
+            news.doing(f"Loading {model}")
+            workload = build_workload(model, **{name: options[name] for name in _WORKLOAD})
+            for note in workload.notes:
+                news.say(note)
+            news.say(f"Run folder {folder}; Ctrl-C keeps what was measured")
+            from autoprec.study.run import search
+
+            result = search(
+                workload,
+                budget=options["budget"],
+                trials=options["trials"],
+                max_drop=options["max_drop"],
+                space=options["space"],
+                device=options["device"],
+                storage=options["storage"],
+                seed=options["seed"],
+                out=folder,
+                resume=options["resume"],
+                progress=news,
+            )
+    except Interrupted as stop:
+        where = stop.folder or str(folder)
+        if isinstance(stop.result, SearchResult):
+            _show(stop.result, Path(where), as_json=options["as_json"])
+        raise Interrupted(f"{stop}\nResume: {_resume_line(ctx, options, where)}", folder=where) from None
+    _show(result, folder, as_json=options["as_json"])
+
+
+def _settled(ctx: click.Context, given: dict[str, Any]) -> dict[str, Any]:
+    """Return all options with the model decided, and under `said` where it came from."""
+    if given["model"] is not None:
+        return given | {"said": ""}
+    settings = read_settings()
+    if settings is not None:
+        given = given | _from_settings(ctx, settings)
+        if given["model"] is not None:
+            return given | {"said": f"Searching {given['model']}, the model of ./autoprec.toml"}
+    run = newest_run()
+    model = model_of_run(run) if run else None
+    if model is not None:
+        return given | {"model": model, "said": f"Searching {model}, the model of the newest run here ({run})"}
+    return given | {
+        "model": "demo",
+        "said": "Searching demo, the model that ships with autoprec; name yours to search it",
+    }
+
+
+def _from_settings(ctx: click.Context, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that ./autoprec.toml sets and the command line does not.
+
+    Raises:
+        UsageError: a key that is no long option, or a value that its option cannot take.
+    """
+    by_key = {"model": "model"}
+    for parameter in ctx.command.params:
+        by_key |= {name[2:]: parameter.name or "" for name in parameter.opts if name.startswith("--")}
+    parameters = {parameter.name: parameter for parameter in ctx.command.params}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in by_key:
+            raise UsageError(f"./autoprec.toml sets '{key}', which is no option of search{closest(key, by_key)}")
+        name = by_key[key]
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            try:
+                found[name] = parameters[name].type_cast_value(ctx, value)
+            except click.BadParameter as fault:
+                raise UsageError(f"./autoprec.toml sets {key} = {value!r}: {fault.message}") from None
+    return found
+
+
+def _folder(options: dict[str, Any]) -> Path:
+    """Return the run folder: the one named, the newest of this model when resuming, else a new one."""
+    if options["out"]:
+        return Path(options["out"])
+    earlier = newest_run(options["model"]) if options["resume"] else None
+    return earlier or new_run(options["model"])
+
+
+def _show(result: SearchResult, folder: Path, *, as_json: bool) -> None:
+    """Print a result: tables, verdict and paths; or its JSON alone."""
+    if as_json:
+        from autoprec.files import as_json as plain_data
+
+        print_json(plain_data(result))
+        return
+    from autoprec.report.terminal import print_paths, print_result
+
+    console = result_console()
+    print_result(console, result)
+    files = {"plan": folder / "plan.json", "result": folder / "result.json", "run folder": folder}
+    print_paths(console, {name: str(path) for name, path in files.items() if path.exists()})
+
+
+def _resume_line(ctx: click.Context, options: dict[str, Any], folder: str) -> str:
+    """Return the command that goes on with this search: what was typed, with --resume and the folder."""
+    words = ["autoprec", "search", options["model"]]
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if name in ("model", "resume", "out") or not (typed or options[name] != parameter.get_default(ctx)):
+            continue
+        words += [parameter.opts[-1]] if options[name] is True else [parameter.opts[-1], str(options[name])]
+    return shlex.join([*words, "--resume", "--out", folder])

@@ -1,0 +1,76 @@
+"""`autoprec show`: a plan or the result of a search, read from its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autoprec.cli.common import json_option, print_json, result_console
+from autoprec.errors import AutoprecError, PlanError, StudyError
+from autoprec.files import as_json as plain_data
+from autoprec.files import from_json, read_json
+from autoprec.plan import Plan
+from autoprec.records import SearchResult
+
+__all__ = ["command"]
+
+
+@click.command("show")
+@click.argument("what", metavar="PLAN|RUN")
+@json_option
+def command(what: str, as_json: bool) -> None:
+    """Show a plan, unit by unit, or what a search found.
+
+    PLAN is a plan.json; RUN is a run folder or its result.json.
+    """
+    from autoprec.report.terminal import print_paths, print_plan, print_result
+
+    path = _file_of(Path(what))
+    record = _read(path)
+    if isinstance(record, Plan):
+        if as_json:
+            print_json(record.to_json())
+        else:
+            print_plan(result_console(), record)
+        return
+    if as_json:
+        print_json(plain_data(record))
+        return
+    console = result_console()
+    print_result(console, record)
+    beside = path.with_name("plan.json")
+    if record.chosen is not None and beside.exists():
+        console.print()
+        print_plan(console, Plan.load(beside))
+        print_paths(console, {"plan": str(beside)})
+
+
+def _file_of(path: Path) -> Path:
+    """Return the file to read: a run folder's result, or its plan where there is no result yet."""
+    if not path.is_dir():
+        return path
+    for name in ("result.json", "plan.json"):
+        if (path / name).exists():
+            return path / name
+    raise StudyError(
+        f"{path} holds no result.json and no plan.json: no run folder, or a search that has not measured its "
+        f"baselines yet. Go on with it: autoprec search --resume --out {path}"
+    )
+
+
+def _read(path: Path) -> Plan | SearchResult:
+    """Read a plan or a result by its schema; a recommendation is shown by its plan."""
+    data: Any = read_json(path, what="file", error=AutoprecError)
+    schema = str(data.get("schema", "")) if isinstance(data, dict) else ""
+    if schema.startswith("autoprec/plan@"):
+        return Plan.from_json(data, what=f"plan {path}")
+    if schema.startswith("autoprec/recommendation@"):
+        return Plan.from_json(data.get("plan"), what=f"the plan of {path}")
+    if schema == "autoprec/search@1":
+        return from_json(SearchResult, data, what=f"result {path}", error=StudyError)
+    raise PlanError(
+        f"{path} is neither a plan nor a result: its schema is {schema or 'missing'!r}. Give a plan.json "
+        "(schema 'autoprec/plan@1'), a result.json ('autoprec/search@1'), or a run folder."
+    )

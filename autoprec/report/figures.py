@@ -1,0 +1,103 @@
+"""Figures as text: a value with its unit, its 95 % interval and, where it was not measured here, its origin."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from autoprec.formats import Format, Fp8Family, layout
+from autoprec.records import Measurement, Origin
+
+__all__ = [
+    "count_text",
+    "drop_unit",
+    "format_counts",
+    "gigabytes",
+    "interval",
+    "layout_text",
+    "megabytes",
+    "number",
+    "origin_note",
+    "plain",
+]
+
+Interval = tuple[float, float] | None
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return `value` with `digits` significant digits, written out where that is short: 0.00123, 412, 3.1e-7."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    size = math.floor(math.log10(abs(value)))
+    if -5 < size < 7:
+        return f"{value:.{max(0, digits - 1 - size)}f}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def interval(value: float | None, ci95: Interval = None, *, digits: int = 3, suffix: str = "") -> str:
+    """Return 'value ±half' where the 95 % interval is symmetric, else 'value [low, high]'; '-' for no value."""
+    if value is None:
+        return "-"
+    text = number(value, digits) + suffix
+    if ci95 is None or ci95[0] == ci95[1]:
+        return text
+    low, high = ci95
+    half = (high - low) / 2
+    # a tenth of the half-width is below what two digits of it can show
+    if abs((high + low) / 2 - value) <= 0.1 * half:
+        return f"{text} ±{number(half, 2)}"
+    return f"{text} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def origin_note(origin: Origin | None) -> str:
+    """Return ' (emulated)' and the like; '' for what was measured here or has no origin."""
+    return "" if origin in (None, Origin.MEASURED) else f" ({origin})"
+
+
+def megabytes(count: int | None) -> str:
+    """Return bytes as megabytes (10^6), without the unit."""
+    return "-" if count is None else number(count / 1e6)
+
+
+def gigabytes(count: int) -> str:
+    """Return bytes as gigabytes (10^9), with the unit."""
+    return f"{number(count / 1e9)} GB"
+
+
+def count_text(count: int) -> str:
+    """Return a count of parameters: 412, 12.3 K, 135 M, 7.2 B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{number(count / size)} {letter}"
+    return str(count)
+
+
+def format_counts(assignment: Mapping[str, Format]) -> str:
+    """Return how many units have which format, most first: 'bf16 8 fp32 2'."""
+    counts = Counter(assignment.values())
+    order = sorted(counts, key=lambda choice: (-counts[choice], list(Format).index(choice)))
+    return " ".join(f"{choice} {counts[choice]}" for choice in order) or "-"
+
+
+def layout_text(choice: Format, family: Fp8Family | None = None) -> str:
+    """Return the bits of a format as sign-exponent-fraction; FP8 has two layouts, values then gradients."""
+    family = family or Fp8Family.OCP
+    shapes = dict.fromkeys(layout(choice, gradient=gradient, family=family) for gradient in (False, True))
+    return " / ".join(f"1-{f.exponent_bits}-{f.mantissa_bits}" for f in shapes)
+
+
+def drop_unit(measurements: Iterable[Measurement]) -> str:
+    """Return the unit of the drops of one study: 'nats', or 'relative error' for models of values.
+
+    Records carry no unit of their own: for values, and only there, percent is 100 times the drop by definition.
+    """
+    pairs = [(m.drop, m.drop_percent) for m in measurements if m.drop and m.drop_percent is not None]
+    values = bool(pairs) and all(math.isclose(p or 0, 100 * d, rel_tol=1e-6) for d, p in pairs if d)
+    return "relative error" if values else "nats"
+
+
+def plain(text: str) -> str:
+    """Return `text` on one line without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
