@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoprec.errors import AutoprecError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = ["as_json", "from_json", "read_json", "write_atomic", "write_json"]
 
@@ -22,30 +27,45 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         AutoprecError: the disk is full, the folder is missing or not writable.
     """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
+        data = content.encode() if isinstance(content, str) else content
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        kept = "; the previous file is unchanged" if path.exists() else ""
+        temporary = None
+    except (OSError, ValueError) as error:  # ValueError: a text or a path that no file can hold
+        why = (error.strerror if isinstance(error, OSError) else None) or error
         raise AutoprecError(
-            f"cannot write {path}: {error.strerror or error}{kept}. Free space or choose another folder with --out."
+            f"cannot write {path}: {why}{_kept(path)}. Free space or choose another folder with --out."
         ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _kept(path: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return "; the previous file is unchanged" if path.exists() else ""
+    return ""
 
 
 def as_json(record: Any) -> Any:
-    """Return the plain JSON value of a frozen record (enums as their text, tuples as lists)."""
-    from pydantic import TypeAdapter
+    """Return the plain JSON value of a frozen record (enums as their text, tuples as lists).
 
-    return TypeAdapter(type(record)).dump_python(record, mode="json")
+    Raises:
+        AutoprecError: a free field, such as `training_arguments`, holds what JSON cannot.
+    """
+    try:
+        return _adapter(type(record)).dump_python(record, mode="json")
+    except ValueError as fault:
+        raise AutoprecError(f"{type(record).__name__} cannot be written as JSON: {fault}") from None
 
 
 def from_json(kind: type[T], data: Any, *, what: str, error: type[AutoprecError] = AutoprecError) -> T:
@@ -54,10 +74,11 @@ def from_json(kind: type[T], data: Any, *, what: str, error: type[AutoprecError]
     Raises:
         `error`, whose message names `what` and the place of the first fault, such as `units.3.format`.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+        record: T = _adapter(kind).validate_json(json.dumps(data, allow_nan=False), strict=True)
+        return record
     except ValidationError as fault:
         # a misspelt field shows as one unknown and one missing: the unknown one tells more
         first = min(fault.errors(), key=lambda e: e["type"] not in ("unexpected_keyword_argument", "extra_forbidden"))
@@ -65,24 +86,60 @@ def from_json(kind: type[T], data: Any, *, what: str, error: type[AutoprecError]
         value = repr(first["input"])
         value = value if len(value) <= 80 else value[:77] + "..."
         raise error(f"{what} is not valid at {place}: {first['msg']} (got {value})") from None
+    except AutoprecError as fault:  # from a check of the record itself
+        raise error(f"{what} is not valid: {fault}") from None
+    except (TypeError, ValueError, RecursionError) as fault:  # json.dumps met what is no JSON
+        raise error(f"{what} is not valid: {fault}") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as indented JSON, atomically; NaN and infinities are refused."""
-    write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `data` as indented JSON, atomically.
+
+    Raises:
+        AutoprecError: as `write_atomic`, or NaN or an infinity is in the data, which JSON does not have.
+    """
+    try:
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as fault:
+        raise AutoprecError(f"cannot write {path}: {fault}{_kept(Path(path))}") from None
+    write_atomic(path, text + "\n")
 
 
 def read_json(path: str | Path, *, what: str, error: type[AutoprecError] = AutoprecError) -> Any:
     """Read a JSON file; a missing, unreadable or damaged one raises `error` with the place of the fault."""
     path = Path(path)
+    again = "Write it again, or take a copy that is whole."
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise error(f"{what} {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as fault:
+    except (OSError, ValueError) as fault:
         raise error(f"{what} {path} cannot be read: {fault}") from None
+    try:
+        return json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_constant)
     except json.JSONDecodeError as fault:
         raise error(
-            f"{what} {path} is damaged or cut off: {fault.msg} at line {fault.lineno} column {fault.colno}. "
-            "Write it again, or take a copy that is whole."
+            f"{what} {path} is damaged or cut off: {fault.msg} at line {fault.lineno} column {fault.colno}. {again}"
         ) from None
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{what} {path} is damaged: {fault}. {again}") from None
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that stands twice in an object; json would keep the last and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field '{next(n for n in names if names.count(n) > 1)}' stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")

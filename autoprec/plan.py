@@ -9,8 +9,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from autoprec.errors import PlanError, closest
 from autoprec.files import as_json, from_json, read_json, write_json
@@ -38,10 +39,13 @@ __all__ = [
     "PlanUnit",
     "check_modules",
     "set_profiler",
+    "support_of",
 ]
 
 SCHEMA = "autoprec/plan@1"
 _STRICT = {"extra": "forbid"}
+#: the training arguments that follow from the formats; others are the user's own
+_MANAGED = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32")
 
 _profiler: Callable[[Any], ModelProfile] | None = None
 
@@ -58,7 +62,7 @@ class PlanModel:
 
     __pydantic_config__: ClassVar = _STRICT
     id: str
-    class_name: str = field(metadata={"json": "class"})
+    class_name: str  #: `class` in the file, which is no name in Python
     fingerprint: str
 
 
@@ -228,7 +232,7 @@ class Plan:
         for name in formats:
             if name not in names:
                 raise PlanError(f"the model has no unit '{name}'{closest(name, names)}")
-        around = _format(ambient)
+        around, recipe = _format(ambient), _choice(Fp8Recipe, fp8_recipe) if fp8_recipe else None
         units = tuple(
             PlanUnit(
                 name=u.name,
@@ -239,8 +243,14 @@ class Plan:
             )
             for u in profile.units
         )
-        chosen = {u.format for u in units} | {around}
-        recipe = Fp8Recipe(fp8_recipe) if fp8_recipe else Fp8Recipe.TENSORWISE if Format.FP8 in chosen else None
+        for given, unit in zip(profile.units, units, strict=True):
+            if unit.format not in given.formats:
+                raise PlanError(
+                    f"unit '{unit.name}' cannot take {unit.format}: it takes {', '.join(given.formats)}"
+                    f"{_why_not(unit.role, unit.format)}"
+                )
+        if recipe is None and any(u.format is Format.FP8 for u in units):
+            recipe = Fp8Recipe.TENSORWISE
         where = PlanDevice(
             name=device.name if device else "any",
             kind=device.kind if device else "any",
@@ -249,7 +259,7 @@ class Plan:
         plan = cls(
             model=PlanModel(id=profile.model_id, class_name=profile.class_name, fingerprint=profile.fingerprint),
             device=where,
-            mode=Mode(mode),
+            mode=_choice(Mode, mode),
             ambient=around,
             stream=_format(stream),
             units=units,
@@ -280,6 +290,8 @@ class Plan:
             else u
             for u in self.units
         )
+        if units == self.units:
+            return self
         recipe = self.fp8_recipe
         if recipe is None and any(u.format is Format.FP8 for u in units):
             recipe = Fp8Recipe.TENSORWISE
@@ -294,7 +306,10 @@ class Plan:
         """Set the gradient scaler and TrainingArguments that the formats ask for."""
         fp16 = Format.FP16 in {self.ambient, self.stream, *(u.format for u in self.units)}
         scaler = (self.grad_scaler or GradScalerSettings()) if fp16 and self.mode is Mode.TRAIN else None
-        return dataclasses.replace(self, grad_scaler=scaler, training_arguments=_training_arguments(self, fp16))
+        others = {k: v for k, v in self.training_arguments.items() if k not in _MANAGED}
+        return dataclasses.replace(
+            self, grad_scaler=scaler, training_arguments=others | _training_arguments(self, fp16)
+        )
 
     # reading
 
@@ -323,6 +338,8 @@ class Plan:
         }
         keys = ("ambient", "stream", "mode", "fp8_recipe", "tf32", "grad_scaler")
         settings = {k: (getattr(self, k), getattr(other, k)) for k in keys if getattr(self, k) != getattr(other, k)}
+        if self.model.fingerprint != other.model.fingerprint:
+            settings["model"] = (self.model.id, other.model.id)
         return PlanDiff(units, settings)
 
     # files
@@ -347,12 +364,13 @@ class Plan:
             advice = "install a newer autoprec to read it" if newer else f"a plan.json has schema '{SCHEMA}'"
             raise PlanError(f"{what} is not valid at schema: {data['schema']!r} is not known here; {advice}")
         model = data.get("model")
-        if isinstance(model, dict) and "class" in model and "class_name" not in model:
+        if isinstance(model, dict):
+            if "class_name" in model:
+                raise PlanError(f"{what} is not valid at model.class_name: the field is called 'class'")
+            if not isinstance(model.get("class"), str):
+                raise PlanError(f"{what} is not valid at model.class: it must be a text (got {model.get('class')!r})")
             data = data | {"model": {("class_name" if k == "class" else k): v for k, v in model.items()}}
-        try:
-            return from_json(cls, data, what=what, error=PlanError)
-        except ValueError as fault:  # json.dumps refuses what is no JSON at all
-            raise PlanError(f"{what} is not valid: {fault}") from None
+        return from_json(cls, data, what=what, error=PlanError)
 
     def save(self, path: str | Path) -> None:
         """Write the plan atomically; on failure the previous file stays."""
@@ -399,6 +417,16 @@ def _format(value: Format | str) -> Format:
         raise PlanError(f"'{value}' is no format; choose one of {', '.join(Format)}") from None
 
 
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def _choice(kind: type[_Choice], value: str) -> _Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        raise PlanError(f"'{value}' is not known; choose one of {', '.join(kind)}") from None
+
+
 def _leave(role: Role, ambient: Format) -> Format:
     """Return what autocast leaves a unit in: lookups keep their weight's FP32, GEMMs and convolutions go low."""
     return Format.FP32 if role is Role.EMBEDDING else ambient
@@ -422,7 +450,7 @@ def _check(plan: Plan) -> None:
         if unit.format not in role_formats(unit.role):
             raise PlanError(
                 f"unit '{unit.name}' cannot take {unit.format}: {unit.role} units take "
-                f"{', '.join(role_formats(unit.role))} ({_why_not(unit.role)})"
+                f"{', '.join(role_formats(unit.role))}{_why_not(unit.role, unit.format)}"
             )
     if plan.ambient is Format.FP8 or plan.stream is Format.FP8:
         raise PlanError("ambient and stream cannot be fp8: FP8 results and the residual stream need 16 bits or more")
@@ -430,8 +458,11 @@ def _check(plan: Plan) -> None:
         raise PlanError("the plan has fp8 units and no fp8_recipe; set 'tensorwise' or 'rowwise'")
 
 
-def _why_not(role: Role) -> str:
-    return "a lookup has no matmul" if role is Role.EMBEDDING else "no FP8 convolution kernel exists in PyTorch"
+def _why_not(role: Role, choice: Format) -> str:
+    if choice is not Format.FP8:
+        return ""
+    why = {Role.EMBEDDING: "a lookup has no matmul", Role.CONV: "no FP8 convolution kernel exists in PyTorch"}
+    return f" ({why[role]})" if role in why else ""
 
 
 def _training_arguments(plan: Plan, fp16: bool) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class DropLimit:
 
     @classmethod
     def parse(cls, text: str | float | DropLimit) -> DropLimit:
-        """Read '0.25%' as percent and '0.005' (or a number) as nats.
+        """Read '0.25%' as percent and '0.005', '0.005 nats' or a number as nats; the inverse of `str`.
 
         Raises:
             UsageError: not a number, negative, or not finite.
@@ -61,7 +61,7 @@ class DropLimit:
         raw = str(text).strip()
         percent = raw.endswith("%")
         try:
-            value = float(raw.removesuffix("%"))
+            value = float(raw.removesuffix("%" if percent else "nats"))
         except ValueError:
             raise UsageError(f"'{text}' is not a drop limit. Write it like 0.25% or 0.005 (nats).") from None
         if not math.isfinite(value) or value < 0:
@@ -73,4 +73,4 @@ class DropLimit:
         return (drop_percent if self.percent else drop) <= self.value
 
     def __str__(self) -> str:
-        return f"{self.value:g}%" if self.percent else f"{self.value:g} nats"
+        return f"{self.value:.15g}%" if self.percent else f"{self.value:.15g} nats"

@@ -100,6 +100,8 @@ class LeafKind(StrEnum):
 class Estimate:
     """A figure with its 95 % interval and origin."""
 
+    __pydantic_config__: ClassVar = _STRICT
+
     value: float
     low: float
     high: float
@@ -109,6 +111,8 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class Unit:
     """The smallest group of leaves that must share a format, with the formats it can take at all."""
+
+    __pydantic_config__: ClassVar = _STRICT
 
     name: str
     role: Role
@@ -120,6 +124,8 @@ class Unit:
 class Pinned:
     """Modules without a choice, and why."""
 
+    __pydantic_config__: ClassVar = _STRICT
+
     modules: tuple[str, ...]
     reason: str
 
@@ -127,6 +133,8 @@ class Pinned:
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """A module that owns a weight: `inputs` and `outputs` are its feature counts (for a lookup: rows and columns)."""
+
+    __pydantic_config__: ClassVar = _STRICT
 
     module: str
     kind: LeafKind
@@ -138,6 +146,8 @@ class Leaf:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
     """A model as units: every leaf is in exactly one unit or pinned; `unassigned` must be empty."""
+
+    __pydantic_config__: ClassVar = _STRICT
 
     model_id: str
     class_name: str
@@ -169,6 +179,8 @@ def role_formats(role: Role) -> tuple[Format, ...]:
 class FormatSupport:
     """Whether and how a device computes in a format; `reason` says how it is known."""
 
+    __pydantic_config__: ClassVar = _STRICT
+
     support: Support
     reason: str
 
@@ -176,6 +188,8 @@ class FormatSupport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmRate:
     """Measured rate of a square matmul of side `size`, TFLOP/s, median and 95 % interval."""
+
+    __pydantic_config__: ClassVar = _STRICT
 
     format: Format
     size: int
@@ -187,6 +201,8 @@ class GemmRate:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
     """What a device can compute in, and how fast. Measured on a device that is here, else from the catalogue."""
+
+    __pydantic_config__: ClassVar = _STRICT
 
     name: str
     kind: str  #: torch device type: cpu, cuda, mps, xpu
@@ -228,6 +244,8 @@ class DeviceProfile:
 class Removal:
     """A format taken from a unit's choices by the device, the space or a veto, and why."""
 
+    __pydantic_config__: ClassVar = _STRICT
+
     unit: str
     format: Format
     reason: str
@@ -236,6 +254,8 @@ class Removal:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementOrigins:
     """Origin of each figure of a measurement."""
+
+    __pydantic_config__: ClassVar = _STRICT
 
     drop: Origin | None = None
     step_ms: Origin | None = None

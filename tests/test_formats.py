@@ -110,8 +110,8 @@ def test_specials_agree_with_the_codes(row: NumberFormat) -> None:
 
 
 def test_eps_of_e5m2fnuz() -> None:
-    # torch.finfo says 0.125 for both FNUZ formats. With two fraction bits the step above 1 is a quarter: so say the codes
-    # of torch's own dtype, and so says ml_dtypes. torch's table has the eps of e4m3fnuz there, and our row is right.
+    # torch.finfo says 0.125 for both FNUZ formats. With two fraction bits the step above 1 is a quarter: so say the
+    # codes of torch's own dtype, and so says ml_dtypes. torch's table has e4m3fnuz's eps there, and our row is right.
     values = all_values(E5M2FNUZ)
     assert E5M2FNUZ.eps == 0.25
     assert values[values > 1].min() - 1 == 0.25
