@@ -1,0 +1,71 @@
+"""What the operating system says of the CPU: its name, memory, and the instruction sets that decide about formats."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+__all__ = ["INSTRUCTIONS", "cpu_instructions", "cpu_memory_bytes", "cpu_name", "slug"]
+
+#: flags of /proc/cpuinfo that matter for matmuls, narrowest first
+INSTRUCTIONS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+    "asimd",
+    "asimdhp",
+    "bf16",
+    "sve",
+    "i8mm",
+)
+
+
+def slug(text: str) -> str:
+    """Return a lower-case name of letters, digits and dashes, such as 'amd-epyc-9654'."""
+    plain = re.sub(r"\((?:r|tm|c)\)|\bcpu\b|\bprocessor\b|@.*", " ", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
+
+
+def cpu_name() -> str:
+    """Return the CPU's model name as a slug."""
+    match = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return slug(match[1] if match else platform.processor() or platform.machine() or "cpu")
+
+
+def cpu_instructions() -> tuple[str, ...]:
+    """Return which of `INSTRUCTIONS` the CPU has; empty where there is no /proc/cpuinfo."""
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    flags = set(match[1].split()) if match else set()
+    return tuple(name for name in INSTRUCTIONS if name in flags)
+
+
+def cpu_memory_bytes() -> int | None:
+    """Return the memory this process may use: that of the machine, or of its control group where that is less."""
+    try:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # not POSIX
+        return None
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = Path(file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            return min(machine, int(limit))
+    return machine
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return ""
