@@ -1,0 +1,237 @@
+"""A model as units: the smallest groups of leaves that must share a format, found by structure alone.
+
+There is no list of models. Repeated blocks are found first (`blocks`), the leaves of a block are told apart by
+their shapes (`parts`), and what stands outside blocks is embeddings, convolution stem, the output head, or other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from autoprec.errors import ModelError
+from autoprec.probe.blocks import Stack, Tree, find_stacks
+from autoprec.probe.leaves import SUPPORTED, Inventory, take_inventory
+from autoprec.probe.parts import BlockLeaf, BlockShape, Part, place
+from autoprec.records import Leaf, LeafKind, ModelProfile, Pinned, Role, Unit, role_formats
+from autoprec.runtime.identity import base_class, canonical_modules, fingerprint
+
+__all__ = ["probe_units"]
+
+_MATMULS = (LeafKind.LINEAR, LeafKind.CONV1D)
+_ROUTER = "router: chooses experts, so a rounding error changes which weights are used"
+_INNER_LOOKUP = "lookup within a block: its values are added, not multiplied"
+
+
+def probe_units(model: nn.Module, *, model_id: str | None = None) -> ModelProfile:
+    """Return the model's units, pinned modules and leaves; works on the meta device and behind wrappers.
+
+    Units come in the order they run: embeddings (token, position and type lookups are one unit) and convolution
+    stem, then each block's attention and FFN, then `other` (poolers, prediction-head transforms, projections), last
+    role `lm_head`: the projection to the vocabulary, or the output layer of a classifier. A model with several
+    stacks (encoder and decoder) has its units named after them, as in `decoder.blocks.0.cross_attention`. Modules
+    that own nothing and only compute (activations, containers) are not listed; they run in the ambient format.
+
+    Raises:
+        ModelError: no leaf at all, or a module that owns a matrix and is no known leaf.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
+    modules = canonical_modules(model)
+    root = modules[""]
+    inventory = take_inventory(modules)
+    _check(modules, inventory)
+    units, pinned = _Placement(root, Tree(modules, inventory.leaves), inventory.leaves).run()
+    reasons = {**inventory.pinned, **pinned}
+    class_name = base_class(root).__name__
+    return ModelProfile(
+        model_id=model_id or str(getattr(getattr(root, "config", None), "name_or_path", "") or class_name),
+        class_name=class_name,
+        fingerprint=fingerprint(model),
+        units=units,
+        pinned=tuple(Pinned(modules=names, reason=reason) for reason, names in reasons.items()),
+        unassigned=(),
+        leaves=tuple(inventory.leaves.values()),
+        tied=_tied(modules, inventory.leaves),
+        parameters=sum(p.numel() for p in root.parameters()),
+    )
+
+
+def _check(modules: Mapping[str, nn.Module], inventory: Inventory) -> None:
+    if inventory.unassigned:
+        named = ", ".join(f"'{n}' ({base_class(modules[n]).__name__})" for n in inventory.unassigned[:3])
+        more = f" and {len(inventory.unassigned) - 3} more" if len(inventory.unassigned) > 3 else ""
+        first = modules[inventory.unassigned[0]]
+        owned = ", ".join(f"{k} {list(p.shape)}" for k, p in first._parameters.items() if p is not None)
+        raise ModelError(
+            f"cannot place {named}{more}: the module itself owns matrix parameters (first: {owned}) and is none of the "
+            f"supported layers: {SUPPORTED}. Write it with those layers, for example separate Linear projections."
+        )
+    if not inventory.leaves:
+        raise ModelError(
+            f"the model ({base_class(modules['']).__name__}) has no layer whose format could be chosen; "
+            f"supported layers are {SUPPORTED}"
+        )
+
+
+class _Placement:
+    """One pass over a model's leaves; each goes into one unit or is pinned."""
+
+    def __init__(self, root: nn.Module, tree: Tree, leaves: Mapping[str, Leaf]) -> None:
+        self.root = root
+        self.tree = tree
+        self.leaves = leaves
+        self.order = {name: i for i, name in enumerate(leaves)}
+        self.stacks = find_stacks(tree)
+        self.units: list[Unit] = []
+        self.pinned: defaultdict[str, list[str]] = defaultdict(list)
+        self.taken: set[str] = set()
+
+    def run(self) -> tuple[tuple[Unit, ...], dict[str, tuple[str, ...]]]:
+        """Return units in order, and pinned leaves by reason."""
+        inside = {leaf for stack in self.stacks for block in stack.blocks for leaf in self.tree.below[block.path]}
+        outside = [name for name in self.leaves if name not in inside]
+        matmuls = [n for n in outside if self.leaves[n].kind in _MATMULS]
+        vocabulary = self._vocabulary_head(matmuls, outside)
+        rest = [n for n in matmuls if n != vocabulary]
+        self._stems(outside, ("", *(s.label for s in self.stacks if s.label)))
+        if not self.stacks and rest:
+            rest = self._unrepeated(rest)
+        head = vocabulary or self._value_head(rest)
+        for name in rest:
+            if name != head:
+                self._add(self._short(name), Role.OTHER, [name])
+        if head is not None:
+            self._add("lm_head" if vocabulary else self._short(head), Role.LM_HEAD, [head])
+        return tuple(self.units), {reason: tuple(names) for reason, names in self.pinned.items()}
+
+    def _stems(self, outside: Iterable[str], labels: Iterable[str]) -> None:
+        """Add for each region what stands before its blocks, then the blocks themselves."""
+        before: defaultdict[tuple[str, Role], list[str]] = defaultdict(list)
+        for name in outside:
+            if self.leaves[name].kind not in _MATMULS:
+                role = Role.EMBEDDING if self.leaves[name].kind is LeafKind.EMBEDDING else Role.CONV
+                before[self._region(name), role].append(name)
+        for label in labels:
+            for role, word in ((Role.EMBEDDING, "embeddings"), (Role.CONV, "conv")):
+                if (label, role) in before:
+                    self._add(f"{label}.{word}" if label else word, role, before[label, role])
+            for stack in self.stacks:
+                if stack.label == label:
+                    self._blocks(stack)
+
+    def _region(self, name: str) -> str:
+        """Return the label of the stack whose subtree holds a leaf, '' for leaves of the whole model."""
+        for stack in self.stacks:
+            if stack.label and name.startswith(f"{stack.region}."):
+                return stack.label
+        return ""
+
+    def _blocks(self, stack: Stack) -> None:
+        for block in stack.blocks:
+            prefix = f"{stack.label}.blocks.{block.index}" if stack.label else f"blocks.{block.index}"
+            for part in place(self._shape(block.path, self.tree.below[block.path])):
+                self._part(part, f"{prefix}.{part.name}", f"{block.path}." if block.path else "")
+
+    def _shape(self, path: str, names: Iterable[str]) -> BlockShape:
+        """Describe a block by paths within it, so that equal blocks are equal values."""
+        cut = len(path) + 1 if path else 0
+        leaves, heads, lists = [], set(), set()
+        seen = {path}
+        for name in names:
+            leaf = self.leaves[name]
+            leaves.append(BlockLeaf(name[cut:], leaf.kind, leaf.inputs, leaf.outputs))
+            node = name.rpartition(".")[0]
+            while node not in seen and len(node) > len(path):
+                seen.add(node)
+                if self.tree.counts_heads(node):
+                    heads.add(node[cut:])
+                members = self.tree.containers(node)
+                if isinstance(self.tree.modules[node], nn.ModuleList) and members and self.tree.alike(members):
+                    lists.add((node[cut:], len(members)))
+                node = node.rpartition(".")[0]
+        return BlockShape(tuple(leaves), frozenset(heads), tuple(sorted(lists)))
+
+    def _part(self, part: Part, name: str, prefix: str) -> None:
+        names = [f"{prefix}{path}" for path in part.paths]
+        if part.role is Role.ROUTER:
+            self.pinned[_ROUTER] += names
+        elif part.role is Role.EMBEDDING:
+            self.pinned[_INNER_LOOKUP] += names
+        else:
+            self._add(name, part.role, names)
+
+    def _unrepeated(self, names: list[str]) -> list[str]:
+        """Place a model that repeats nothing as one block; return the leaves that are neither attention nor FFN."""
+        left = []
+        for part in place(self._shape("", names)):
+            if part.role in (Role.ATTENTION, Role.FFN):
+                self._part(part, part.name, "")
+            else:
+                left += part.paths
+        return left
+
+    def _vocabulary_head(self, matmuls: list[str], outside: list[str]) -> str | None:
+        """Return the projection to the vocabulary: by accessor, by a tied weight, by size."""
+        by_id = {id(self.tree.modules[n]): n for n in matmuls}
+        declared = _accessor(self.root, "get_output_embeddings")
+        if declared is not None and id(declared) in by_id:
+            return by_id[id(declared)]
+        lookups = [n for n in outside if self.leaves[n].kind is LeafKind.EMBEDDING]
+        source = _accessor(self.root, "get_input_embeddings")
+        tokens = [n for n in lookups if self.tree.modules[n] is source] or lookups
+        tables = {id(self.tree.modules[n]._parameters.get("weight")) for n in lookups}
+        tied = [n for n in matmuls if id(self.tree.modules[n]._parameters.get("weight")) in tables]
+        sized = [n for n in matmuls if self.leaves[n].outputs in {self.leaves[t].inputs for t in tokens}]
+        return (tied or sized or [None])[-1]
+
+    def _value_head(self, rest: list[str]) -> str | None:
+        """Return the output layer of a classifier: the last leaf outside blocks that changes the width."""
+        changing = [n for n in rest if self.leaves[n].inputs != self.leaves[n].outputs and not self._region(n)]
+        several = len(self.stacks) > 1 and len(changing) > 1  # two towers project each into one space
+        return changing[-1] if changing and not several else None
+
+    def _short(self, name: str) -> str:
+        """Return a leaf's name without the path of the body and without a closing `dense` that tells nothing."""
+        parts = name.split(".")
+        homes = [block.path for stack in self.stacks for block in stack.blocks[:1]]
+        while len(parts) > 1 and any(home.startswith(f"{parts[0]}.") for home in homes):
+            head = parts.pop(0)
+            homes = [home[len(head) + 1 :] for home in homes if home.startswith(f"{head}.")]
+        parent = name.rpartition(".")[0]
+        if len(parts) > 1 and parts[-1] == "dense" and len(self.tree.below[parent]) == 1:
+            parts.pop()
+        return ".".join(parts) or "layer"
+
+    def _add(self, name: str, role: Role, names: list[str]) -> None:
+        unique, count = name, 1
+        while unique in self.taken:
+            count += 1
+            unique = f"{name}_{count}"
+        self.taken.add(unique)
+        modules = tuple(sorted(names, key=self.order.__getitem__))
+        self.units.append(Unit(name=unique, role=role, modules=modules, formats=role_formats(role)))
+
+
+def _accessor(root: nn.Module, method: str) -> nn.Module | None:
+    """Call a Hugging Face accessor; a model without it, or that declines, has none."""
+    call = getattr(root, method, None)
+    if not callable(call):
+        return None
+    try:
+        found = call()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _tied(modules: Mapping[str, nn.Module], leaves: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Return groups of leaves that share a Parameter object; identity holds on the meta device too."""
+    owners: defaultdict[int, list[str]] = defaultdict(list)
+    for name in leaves:
+        weight = modules[name]._parameters.get("weight")
+        if weight is not None:
+            owners[id(weight)].append(name)
+    return tuple(tuple(names) for names in owners.values() if len(names) > 1)
