@@ -24,13 +24,15 @@ __all__ = [
 
 Interval = tuple[float, float] | None
 
+_SMALL = 1e-4  #: below this, zeros after the point are harder to read than an exponent
+
 
 def number(value: float, digits: int = 3) -> str:
     """Return `value` with `digits` significant digits, written out where that is short: 0.00123, 412, 3.1e-7."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     size = math.floor(math.log10(abs(value)))
-    if -5 < size < 7:
+    if abs(value) >= _SMALL and size < 7:
         return f"{value:.{max(0, digits - 1 - size)}f}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
@@ -40,15 +42,18 @@ def interval(value: float | None, ci95: Interval = None, *, digits: int = 3, suf
     """Return 'value ±half' where the 95 % interval is symmetric, else 'value [low, high]'; '-' for no value."""
     if value is None:
         return "-"
-    text = number(value, digits) + suffix
     if ci95 is None or ci95[0] == ci95[1]:
-        return text
+        return number(value, digits) + suffix
     low, high = ci95
     half = (high - low) / 2
     # a tenth of the half-width is below what two digits of it can show
     if abs((high + low) / 2 - value) <= 0.1 * half:
-        return f"{text} ±{number(half, 2)}"
-    return f"{text} [{number(low, digits)}, {number(high, digits)}]"
+        if abs(value) < _SMALL:
+            return f"{number(value, digits)}{suffix} ±{number(half, 2)}"
+        # value and half-width end at the same place: two digits of the half-width, but no more than `digits` + 2
+        places = min(1 - math.floor(math.log10(half)), digits + 1 - math.floor(math.log10(abs(value))))
+        return f"{value:.{max(0, places)}f}{suffix} ±{half:.{max(0, places)}f}"
+    return f"{number(value, digits)}{suffix} [{number(low, digits)}, {number(high, digits)}]"
 
 
 def origin_note(origin: Origin | None) -> str:
@@ -85,7 +90,7 @@ def layout_text(choice: Format, family: Fp8Family | None = None) -> str:
     """Return the bits of a format as sign-exponent-fraction; FP8 has two layouts, values then gradients."""
     family = family or Fp8Family.OCP
     shapes = dict.fromkeys(layout(choice, gradient=gradient, family=family) for gradient in (False, True))
-    return " / ".join(f"1-{f.exponent_bits}-{f.mantissa_bits}" for f in shapes)
+    return " ".join(f"1-{f.exponent_bits}-{f.mantissa_bits}" for f in shapes)
 
 
 def drop_unit(measurements: Iterable[Measurement]) -> str:

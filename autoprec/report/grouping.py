@@ -54,14 +54,14 @@ def span(first: str, last: str) -> str:
 
 
 def short_modules(modules: Sequence[str], most: int = 6) -> str:
-    """Return modules under their common parent: 'h.0.attn.{q,k,v}'; beyond `most` the rest are counted."""
+    """Return modules under their common parent: 'h.0.attn: q k v'; beyond `most` the rest are counted."""
     if len(modules) == 1:
         return modules[0] or "(root)"
     parts = [m.split(".") for m in modules]
     shared = 0
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
-    tails = [".".join(p[shared:]) for p in parts]
-    more = f",… {len(tails) - most} more" if len(tails) > most else ""
+    tails = " ".join(".".join(p[shared:]) for p in parts[:most])
+    more = f" and {len(modules) - most} more" if len(modules) > most else ""
     parent = ".".join(parts[0][:shared])
-    return f"{parent}{'.' if parent else ''}{{{','.join(tails[:most])}{more}}}"
+    return f"{parent}{': ' if parent else ''}{tails}{more}"

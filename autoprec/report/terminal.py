@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -44,27 +45,48 @@ __all__ = [
 
 Align = Literal["left", "right"]
 
+_INDENT = 2
 
-def _table(columns: Sequence[tuple[str, Align]], rows: Iterable[Sequence[str]], marked: int | None = None) -> Table:
-    """Return a table whose cells wrap between words only, with one row set off."""
+
+def _print_table(
+    console: Console, columns: Sequence[tuple[str, Align]], rows: Iterable[Sequence[str]], marked: int | None = None
+) -> None:
+    """Print an indented table with one row set off; where it is tight, the widest columns wrap first."""
     rows = [[plain(cell) for cell in row] for row in rows]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for index, (title, align) in enumerate(columns):
-        # figures keep whole; a column of prose (the last, to the left) may shrink
-        words = [w for cell in (title, *(row[index] for row in rows)) for w in cell.split()]
-        longest = max((len(w) for w in words), default=1)
-        table.add_column(Text(title), justify=align, min_width=min(longest, 24), overflow="fold")
+    cells = [[title, *(row[index] for row in rows)] for index, (title, _) in enumerate(columns)]
+    widths = _widths(cells, console.width - _INDENT - 2 * (len(columns) - 1))
+    for (title, align), width in zip(columns, widths, strict=True):
+        table.add_column(Text(title), justify=align, width=width, overflow="fold")
     for index, row in enumerate(rows):
         table.add_row(*(Text(cell) for cell in row), style="bold green" if index == marked else "")
-    return table
+    _indented(console, table)
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Return a width for each column of cells: words whole as long as they fit, then names are torn.
+
+    rich's own layout lets a table run over the edge, and loses the text there, once least widths are given.
+    """
+    widths = [max(cell_len(cell) for cell in column) for column in columns]
+    words = [max((cell_len(word) for cell in column for word in cell.split()), default=1) for column in columns]
+    for least in (words, [min(w, 12) for w in words], [min(w, 4) for w in words]):
+        while sum(widths) > room:
+            index = max(range(len(widths)), key=lambda i: widths[i] if widths[i] > least[i] else 0)
+            if widths[index] <= least[index]:
+                break
+            widths[index] -= 1
+    return widths
 
 
 def _heading(console: Console, title: str, note: str = "") -> None:
     console.print(Text.assemble((plain(title), "bold"), "  " if note else "", plain(note)))
 
 
-def _indented(console: Console, content: Table | str, left: int = 2) -> None:
-    console.print(Padding(Text(plain(content)) if isinstance(content, str) else content, (0, 0, 0, left)))
+def _indented(console: Console, content: Table | str) -> None:
+    console.print(
+        Padding(Text(plain(content)) if isinstance(content, str) else content, (0, 0, 0, _INDENT), expand=False)
+    )
 
 
 # device and model
@@ -77,7 +99,7 @@ def print_device(console: Console, profile: DeviceProfile) -> None:
     rates = {(r.format, r.size): r for r in profile.gemm_rates}
     columns: list[tuple[str, Align]] = [("format", "left"), ("bits", "left"), ("support", "left")]
     columns += [(f"TFLOP/s at {size}", "right") for size in sizes]
-    columns += [("x fp32", "right")] if sizes else []
+    columns += [(f"x fp32 at {sizes[-1]}", "right")] if sizes else []
     columns += [("peak TFLOP/s", "right")] if profile.peak_tflops else []
     rows = []
     for choice in Format:
@@ -87,10 +109,10 @@ def print_device(console: Console, profile: DeviceProfile) -> None:
         if profile.peak_tflops:
             row.append(number(profile.peak_tflops[choice]) if choice in profile.peak_tflops else "-")
         rows.append(row)
-    _indented(console, _table(columns, rows))
+    _print_table(console, columns, rows)
     why = [(str(choice), known.support.value, known.reason) for choice, known in profile.formats.items()]
     why.append(("tf32", profile.tf32.support.value, profile.tf32.reason))
-    _indented(console, _table([("", "left")] * 3, why))
+    _print_table(console, [("", "left")] * 3, why)
     for line in _device_lines(profile):
         _indented(console, line)
 
@@ -114,7 +136,7 @@ def _against_fp32(rates: Mapping[tuple[Format, int], GemmRate], choice: Format, 
     for size in reversed(sizes):
         mine, base = rates.get((choice, size)), rates.get((Format.FP32, size))
         if mine and base and base.tflops > 0:
-            return f"{number(mine.tflops / base.tflops)}x at {size}"
+            return f"{number(mine.tflops / base.tflops)}x{'' if size == sizes[-1] else f' at {size}'}"
     return "-"
 
 
@@ -153,7 +175,7 @@ def print_units(console: Console, profile: ModelProfile) -> None:
         amount = each if count == 1 else f"{count} x {each}"
         rows.append([run.name, unit.role.value, amount, " ".join(unit.formats), _modules(run)])
     columns: list[tuple[str, Align]] = [("unit", "left"), ("role", "left"), ("parameters", "right")]
-    _indented(console, _table([*columns, ("can take", "left"), ("modules", "left")], rows))
+    _print_table(console, [*columns, ("can take", "left"), ("modules", "left")], rows)
     for pinned in profile.pinned:
         _indented(console, f"no choice: {_few(pinned.modules)}: {pinned.reason}")
     for group in profile.tied:
@@ -187,7 +209,7 @@ def print_plan(console: Console, plan: Plan, *, every_unit: bool = False) -> Non
     rows = [[run.name, run.items[0].role.value, run.items[0].format.value, run.items[0].reason] for run in groups]
     rows += [[_few(p.modules, 2), "pinned", "-", p.reason] for p in plan.pinned]
     columns: list[tuple[str, Align]] = [("unit", "left"), ("role", "left"), ("format", "left"), ("why", "left")]
-    _indented(console, _table(columns, rows))
+    _print_table(console, columns, rows)
     print_facts(console, "Settings", _settings(plan))
     if plan.training_arguments:
         print_facts(console, "TrainingArguments", {k: repr(v) for k, v in plan.training_arguments.items()}, "=")
@@ -269,13 +291,13 @@ def print_result(console: Console, result: SearchResult) -> None:
     _heading(console, "Baselines")
     done = [m for m in result.baselines if m.step_ms is not None or m.drop is not None]
     if done:
-        _indented(console, _table(_columns(unit), [_row("", m) for m in done]))
+        _print_table(console, _columns(unit), [_row("", m) for m in done])
     for stopped in result.baselines:
         if stopped.reason:
             _indented(console, f"{stopped.name}: {stopped.reason}")
     _heading(console, "Front", f"{len(result.front)} of {result.evaluations} measured, none beaten in drop and step")
     rows = [_row(f"{'>' if i == result.chosen else ' '}{i + 1}", m) for i, m in enumerate(result.front)]
-    _indented(console, _table(_columns(unit), rows, marked=result.chosen))
+    _print_table(console, _columns(unit), rows, marked=result.chosen)
     if result.chosen is not None:
         _indented(console, f"> {result.chosen + 1} is the chosen plan")
     _removals(console, result)
