@@ -283,7 +283,9 @@ def _containers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, PlanU
     return found
 
 
-def _around(path: str, containers: Mapping[str, PlanUnit], root: Format | None, *, below: bool = False) -> Format | None:
+def _around(
+    path: str, containers: Mapping[str, PlanUnit], root: Format | None, *, below: bool = False
+) -> Format | None:
     """Return the format that the scopes around a module give (its own included, unless `below`).
 
     None is autocast off at the root: there every operation follows its operands.

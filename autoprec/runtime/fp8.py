@@ -110,9 +110,7 @@ def _product(a: Tensor, b: Tensor, of_a: NumberFormat, of_b: NumberFormat, recip
     return (a8 @ b8) / (a_scale * b_scale)
 
 
-def fp8_emulated_matmul(
-    x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family: Fp8Family = Fp8Family.OCP
-) -> Tensor:
+def fp8_emulated_matmul(x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family: Fp8Family = Fp8Family.OCP) -> Tensor:
     """Return `x @ weight_io` with FP8's rounding forward and backward, in FP32 arithmetic.
 
     Shapes as in `fp8_matmul`. Its speed says nothing about FP8.

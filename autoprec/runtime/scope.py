@@ -117,7 +117,9 @@ class LookupScope(Scope):
         return forward(module, *args, **kwargs).to(module._autoprec_dtype).to(module._autoprec_stream)
 
 
-def enter_scope(module: nn.Module, kind: type[Scope], **settings: torch.dtype | Fp8Recipe | Fp8Family | bool | None) -> None:
+def enter_scope(
+    module: nn.Module, kind: type[Scope], **settings: torch.dtype | Fp8Recipe | Fp8Family | bool | None
+) -> None:
     """Swap `module.__class__` for its `kind` of scope with the given settings."""
     for name, value in settings.items():
         module.__dict__[f"_autoprec_{name}"] = value
@@ -141,7 +143,12 @@ def _scoped(kind: type[Scope], base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return kind.run(self, original, args, kwargs)
 
-    body = {"forward": forward, "_autoprec_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    body = {
+        "forward": forward,
+        "_autoprec_base": base,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
     return cast(type[nn.Module], type(base.__name__, (kind, base), body))
 
 

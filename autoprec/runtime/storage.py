@@ -83,4 +83,3 @@ def _floats(model: nn.Module) -> Iterator[Tensor]:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype is torch.float32:
             yield tensor
-

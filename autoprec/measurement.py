@@ -1,0 +1,309 @@
+"""The one door to measuring: an assignment against the FP32 reference, on the same weights and batches.
+
+Each batch is run by the reference and by the plan, in alternating order, on one model: the plan is taken off for
+the reference's turn. From these pairs come the drop (dropout off), the step time as a ratio, the peak of memory
+and, in train mode, the error of the gradient. The model is given back as it was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprec.errors import MeasurementError
+from autoprec.formats import Format
+from autoprec.plan import Plan
+from autoprec.probe.batches import Batch
+from autoprec.probe.compare import Comparison, Summary, compare, median_ci95, summarise
+from autoprec.probe.readout import ReadoutKind
+from autoprec.probe.steps import Peak, Stepper, device_of, gradients, kept_state, peak_bytes, plain_fp32, timed
+from autoprec.probe.workload import Workload
+from autoprec.records import Measurement, MeasurementOrigins, Mode, Origin
+from autoprec.runtime.attach import Applied, apply
+
+__all__ = ["Request", "evaluate", "measure"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """What to measure, and how long.
+
+    At least `min_pairs` pairs are timed, then more until `timing_seconds` are spent or `max_pairs` are had.
+    `reference_ms` is the clock of a study: step times are this divided by the speedup. A plan slower than
+    `stop_slower` times the reference after its first step is stopped.
+    """
+
+    workload: Workload
+    plan: Plan
+    name: str = "plan"
+    emulate: bool = False
+    reference_ms: float | None = None
+    min_pairs: int = 8
+    max_pairs: int = 60
+    timing_seconds: float = 3.0
+    stop_slower: float | None = None
+    gradient_batches: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Timing:
+    """Seconds of paired steps, as they come in."""
+
+    reference_s: list[float]
+    plan_s: list[float]
+
+    def pair(self, handle: Applied, reference: Callable[[], Any], plan: Callable[[], Any]) -> tuple[Any, Any]:
+        """Run and time both sides, the order alternating from pair to pair, and return what they returned."""
+        device, results = device_of(handle.model), [None, None]
+        for side in (0, 1) if len(self.plan_s) % 2 == 0 else (1, 0):
+            if side == 0:
+                with handle.suspended():
+                    seconds, results[0] = timed(device, reference)
+                self.reference_s.append(seconds)
+            else:
+                seconds, results[1] = timed(device, plan)
+                self.plan_s.append(seconds)
+        return results[0], results[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _GradientError:
+    error: float | None
+    limit: float | None
+    reason: str | None
+
+
+def measure(workload: Workload, plan: Plan, emulate: bool = False, device: str = "auto") -> Measurement:
+    """Measure a plan on a workload, against FP32, and return the figures with intervals and origins.
+
+    Args:
+        workload: model and batches, on the device to measure on.
+        plan: a plan for this model.
+        emulate: run FP8 with its rounding and none of its speed where the device has none; the drop is then
+            `emulated` and there is no step time.
+        device: `auto` or the torch device to move model and batches to.
+
+    Raises:
+        PlanError, DeviceError: as `autoprec.apply`.
+        MeasurementError: the reference's output is not finite.
+    """
+    if device != "auto":
+        workload = _moved(workload, torch.device(device))
+    return evaluate(Request(workload=workload, plan=plan, emulate=emulate, name=_name(plan)))
+
+
+def evaluate(request: Request) -> Measurement:
+    """Carry out one request; a plan whose output is not finite, or that is stopped, says so in `reason`."""
+    workload, plan = request.workload, request.plan
+    device = device_of(workload.model)
+    training = workload.mode is Mode.TRAIN
+    with kept_state(workload.model, weights=training), plain_fp32(device.type):
+        handle = apply(workload.model, plan, request.emulate)
+        try:
+            if reason := _too_slow(request, handle):
+                return _stopped(request, reason)
+            handle.model.eval()
+            timing = _Timing([], [])
+            kind, parts = _drop(request, handle, timing)
+            if not all(part.finite for part in parts):
+                return _stopped(request, "the output is not finite (an overflow in a unit, or NaN from it)")
+            gradient = _gradient_error(request, handle) if training else _GradientError(None, None, None)
+            handle.model.train(training)
+            _time(request, handle, timing)
+            stepper = Stepper(workload, plan.grad_scaler)
+            peak = peak_bytes(device, lambda: stepper.run(workload.batches[0]))
+        finally:
+            if handle._attached:
+                handle.remove()
+    metric = _metric(request)
+    return _measurement(request, summarise(kind, parts), gradient, timing, peak, metric)
+
+
+# drop
+
+
+def _drop(request: Request, handle: Applied, timing: _Timing) -> tuple[ReadoutKind, list[Comparison]]:
+    """Compare every batch, one batch's outputs held at a time; in infer mode these runs are timed steps as well."""
+    workload, parts, kind = request.workload, [], ReadoutKind.LOGITS
+    clock = timing if workload.mode is Mode.INFER else _Timing([], [])
+    with torch.no_grad():
+        for index, batch in enumerate(workload.batches):
+            run = partial(workload.forward, batch)
+            raw, own = clock.pair(handle, run, run)
+            reference = workload.readout(batch, raw)
+            kind = reference.kind
+            _check_reference(reference.predictions, reference.counted, index)
+            parts.append(compare(reference, workload.readout(batch, own)))
+    if not any(part.weight.sum() > 0 for part in parts):
+        raise MeasurementError(
+            "no position counts: every label is -100 or masked. Give batches with labels to predict."
+        )
+    return kind, parts
+
+
+def _check_reference(predictions: Tensor, counted: Tensor, batch: int) -> None:
+    sums = predictions.float().sum(-1)
+    if not bool(torch.where(counted, sums, 0.0).isfinite().all()):
+        raise MeasurementError(
+            f"the FP32 reference's output is not finite on batch {batch}, so no plan can be compared with it. "
+            "Check the weights and this batch; autoprec changes neither."
+        )
+
+
+# gradient
+
+
+def _gradient_error(request: Request, handle: Applied) -> _GradientError:
+    """Return ‖g_plan − g_ref‖² / ‖g_ref‖², and a tenth of the reference's own variance ratio between batches."""
+    workload, error, size = request.workload, 0.0, 0.0
+    first: list[Tensor] | None = None
+    between = 0.0
+    batches = workload.batches[: request.gradient_batches]
+    for batch in batches:
+        with handle.suspended():
+            reference = gradients(workload, batch)
+        found = gradients(workload, batch, request.plan.grad_scaler)
+        error += _squared_distance(found, reference)
+        size += _squared_distance(reference, None)
+        if first is None:
+            first = reference
+        else:
+            # for two batches this is their unbiased variance; more are taken as pairs with the first
+            between += _squared_distance(reference, first) / 2
+    if not torch.tensor(error).isfinite():
+        return _GradientError(None, None, "the gradient is not finite at the initial loss scale")
+    if size == 0.0:
+        return _GradientError(None, None, "the reference's gradient is zero")
+    limit = 0.1 * between / (len(batches) - 1) / (size / len(batches)) if len(batches) > 1 else None
+    return _GradientError(error / size, limit, None)
+
+
+def _squared_distance(a: list[Tensor], b: list[Tensor] | None) -> float:
+    pairs: Iterator[Tensor] = (x - y for x, y in zip(a, b, strict=True)) if b is not None else iter(a)
+    # .double() per tensor would double the memory of the largest; norms are summed in FP64 instead
+    return float(sum(torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2 for t in pairs))
+
+
+# time
+
+
+def _too_slow(request: Request, handle: Applied) -> str | None:
+    """Run the first step of each side; they also warm up. Return a reason to stop, or None."""
+    workload, device = request.workload, device_of(handle.model)
+    handle.model.train(workload.mode is Mode.TRAIN)
+    batch = workload.batches[0] if request.stop_slower is None else _one_example(workload.batches[0])
+    stepper, own = Stepper(workload), Stepper(workload, request.plan.grad_scaler)
+    with handle.suspended():
+        timed(device, lambda: stepper.run(batch))
+        reference = timed(device, lambda: stepper.run(batch))[0]
+    plan = timed(device, lambda: own.run(batch))[0]
+    if request.stop_slower is None or plan <= request.stop_slower * reference:
+        return None
+    if plan < 1.0:  # a short first step is mostly the set-up of kernels: look twice
+        plan = timed(device, lambda: own.run(batch))[0]
+    if plan <= request.stop_slower * reference:
+        return None
+    return f"stopped after its first step: {plan / reference:.1f} times as slow as the reference"
+
+
+def _one_example(batch: Batch) -> Batch:
+    """Return the first example of a batch of named tensors, enough to see that a format is far too slow."""
+    if not isinstance(batch, dict):
+        return batch
+    sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0}
+    if len(sizes) != 1:
+        return batch
+    return {k: v[:1] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in batch.items()}
+
+
+def _time(request: Request, handle: Applied, timing: _Timing) -> None:
+    """Time more pairs of steps, on the batches in turn, until the request is satisfied."""
+    workload = request.workload
+    reference, own = Stepper(workload), Stepper(workload, request.plan.grad_scaler)
+    if workload.mode is Mode.TRAIN:  # not timed: optimizer states are made, allocators and kernels warm up
+        _Timing([], []).pair(handle, partial(reference.run, workload.batches[0]), partial(own.run, workload.batches[0]))
+    while len(timing.plan_s) < request.min_pairs or (
+        len(timing.plan_s) < request.max_pairs and sum(timing.reference_s) + sum(timing.plan_s) < request.timing_seconds
+    ):
+        batch = workload.batches[len(timing.plan_s) % len(workload.batches)]
+        timing.pair(handle, partial(reference.run, batch), partial(own.run, batch))
+
+
+# result
+
+
+def _metric(request: Request) -> float | None:
+    """Return the user's own metric under the plan, dropout off."""
+    workload = request.workload
+    if workload.metric is None:
+        return None
+    with kept_state(workload.model, weights=False):
+        handle = apply(workload.model, request.plan, request.emulate)
+        try:
+            workload.model.eval()
+            with torch.no_grad():
+                return float(workload.metric(workload.model, workload.batches))
+        finally:
+            handle.remove()
+
+
+def _measurement(
+    request: Request, summary: Summary, gradient: _GradientError, timing: _Timing, peak: Peak, metric: float | None
+) -> Measurement:
+    fake = request.emulate and Format.FP8 in request.plan.formats
+    speedup, speedup_ci = median_ci95(r / p for r, p in zip(timing.reference_s, timing.plan_s, strict=True))
+    clock = request.reference_ms or median_ci95(timing.reference_s)[0] * 1e3
+    reasons = [r for r in (gradient.reason, peak.reason) if r]
+    if fake:
+        reasons.append("FP8 is emulated: its numbers are real, its speed and memory are not measured")
+    return Measurement(
+        name=request.name,
+        assignment=request.plan.assignment,
+        drop=summary.drop.value,
+        drop_ci95=summary.drop.ci95,
+        drop_percent=summary.drop_percent,
+        loss_rise=summary.loss_rise.value if summary.loss_rise else None,
+        loss_rise_ci95=summary.loss_rise.ci95 if summary.loss_rise else None,
+        grad_error=gradient.error,
+        grad_error_limit=gradient.limit,
+        step_ms=None if fake else clock / speedup,
+        step_ms_ci95=None if fake or speedup_ci is None else (clock / speedup_ci[1], clock / speedup_ci[0]),
+        speedup=None if fake else speedup,
+        speedup_ci95=None if fake else speedup_ci,
+        peak_bytes=None if fake else peak.bytes,
+        metric=metric,
+        origin=MeasurementOrigins(
+            drop=Origin.EMULATED if fake else Origin.MEASURED,
+            step_ms=None if fake else Origin.MEASURED,
+            peak_bytes=None if fake or peak.bytes is None else Origin.MEASURED,
+            metric=None if metric is None else Origin.EMULATED if fake else Origin.MEASURED,
+        ),
+        reason="; ".join(reasons) or None,
+    )
+
+
+def _stopped(request: Request, reason: str) -> Measurement:
+    return Measurement(name=request.name, assignment=request.plan.assignment, reason=reason)
+
+
+def _name(plan: Plan) -> str:
+    formats = {u.format for u in plan.units}
+    return f"uniform {formats.pop()}" if len(formats) == 1 else "plan"
+
+
+def _moved(workload: Workload, device: torch.device) -> Workload:
+    workload.model.to(device)
+    return workload.with_batches(_to(batch, device) for batch in workload.batches)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return type(value)(_to(v, device) for v in value) if isinstance(value, tuple | list) else value
