@@ -21,7 +21,7 @@ from autoprec.probe.task import detect_task
 from autoprec.probe.userfile import is_function, load_function
 from autoprec.records import Task
 
-__all__ = ["LoadedModel", "load_function", "load_model", "load_skeleton"]
+__all__ = ["LoadedModel", "load_function", "load_model", "load_skeleton", "move_model"]
 
 T = TypeVar("T")
 
@@ -69,12 +69,17 @@ def load_model(
         check_weights(folder)
         loaded = _from_folder(folder, name, config, task, trust_remote_code)
     _check_finite(loaded.model, model)
-    try:
-        loaded.model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise DeviceError(f"{loaded.model_id} cannot be moved to '{device}': {error}. Try --device cpu.") from error
+    move_model(loaded.model, model, device)
     loaded.model.eval()
     return loaded
+
+
+def move_model(model: nn.Module, name: str, device: str) -> None:
+    """Move a model to a device in place; DeviceError where there is no such device or not enough memory."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise DeviceError(f"{name} cannot be moved to '{device}': {error}. Try --device cpu.") from error
 
 
 def load_skeleton(model: str, *, trust_remote_code: bool = False) -> nn.Module:
@@ -145,6 +150,8 @@ def _from_folder(
             f"the weights of {folder} lack {_listed(missing)}, which {type(model).__name__} needs: its results "
             f"would be random. {_other_task(task)}"
         )
+    if known is Task.CAUSAL_LM and getattr(model, "loss_type", "") is None:
+        model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # what transformers takes then, after a warning
     unused = sorted(str(key) for key in info["unexpected_keys"])
     notes = [f"{type(model).__name__} ({known.value}), as {'asked' if task else 'config.json says'}."]
     if unused:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,11 +17,16 @@ from autoprec.probe.batches import (
     attention_of,
     batch_digest,
     batch_tensors,
+    batch_to,
     batch_tokens,
     call_style,
     check_batches,
     describe_batch,
 )
+from autoprec.probe.checks import check_model, parse_mode, parse_outputs
+from autoprec.probe.device import resolve_device
+from autoprec.probe.loading import load_model, move_model
+from autoprec.probe.prepare import BatchWish, prepare_batches
 from autoprec.probe.readout import (
     OutputChoice,
     Readout,
@@ -32,12 +37,13 @@ from autoprec.probe.readout import (
     read_values,
 )
 from autoprec.probe.task import detect_task, parse_task
+from autoprec.probe.text import read_examples
+from autoprec.probe.userfile import is_function, load_function
 from autoprec.records import Mode, Role, Task
 
-__all__ = ["Batch", "Readout", "ReadoutKind", "Workload"]
+__all__ = ["Batch", "Readout", "ReadoutKind", "Workload", "workload_from"]
 
 Loss: TypeAlias = Callable[[Any, Batch], Tensor]
-Outputs: TypeAlias = str | Callable[[Any], Tensor] | None
 Metric: TypeAlias = Callable[[nn.Module, tuple[Batch, ...]], float]
 
 
@@ -71,14 +77,14 @@ class Workload:
         batches: Iterable[Batch],
         mode: str | Mode = "train",
         loss: Loss | None = None,
-        outputs: Outputs = None,
+        outputs: str | Callable[[Any], Tensor] | None = None,
         metric: Metric | None = None,
         *,
         task: str | Task | None = None,
         model_id: str | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
-        _check_model(model)
+        check_model(model)
         for name, value in (("loss", loss), ("metric", metric)):
             if value is not None and not callable(value):
                 raise UsageError(f"{name} must be a function, got {type(value).__name__}.")
@@ -86,9 +92,9 @@ class Workload:
         config = getattr(bare, "config", None)
         self.model: Final = model
         self._batches = check_batches(batches)
-        self.mode: Final = _parse_mode(mode)
+        self.mode: Final = parse_mode(mode)
         self.loss: Final = loss
-        self.outputs: Final = _parse_outputs(outputs)
+        self.outputs: Final = parse_outputs(outputs)
         self.metric: Final = metric
         self.task: Final[Task | None] = parse_task(task) or detect_task(type(bare).__name__, config)
         self.model_id: Final[str] = model_id or type(bare).__name__
@@ -265,42 +271,6 @@ class Workload:
                 )
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"a workload needs a torch.nn.Module, got {type(model).__name__}. Load one with "
-            "transformers' from_pretrained(…, dtype=torch.float32), or build it in a file.py:function."
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ModelError(f"weight '{name}' is on the meta device: the weights were not loaded.")
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            raise ModelError(
-                f"weight '{name}' is {str(parameter.dtype).removeprefix('torch.')}; the reference needs FP32 weights. "
-                "Load with dtype=torch.float32 (transformers' default is the file's own dtype)."
-            )
-
-
-def _parse_mode(mode: str | Mode) -> Mode:
-    try:
-        return Mode(mode)
-    except ValueError:
-        raise UsageError(f"'{mode}' is not a mode. Choose train or infer.") from None
-
-
-def _parse_outputs(outputs: Outputs) -> OutputChoice | Callable[[Any], Tensor] | None:
-    if outputs is None or not isinstance(outputs, str):
-        if outputs is not None and not callable(outputs):
-            raise UsageError(f"outputs must be 'logits', 'values' or a function, got {type(outputs).__name__}.")
-        return outputs
-    try:
-        return OutputChoice(outputs)
-    except ValueError:
-        raise UsageError(
-            f"'{outputs}' is not a choice of outputs. Choose 'logits', 'values', or pass a function of the output."
-        ) from None
-
-
 def _returned_loss(raw: Any) -> Tensor | None:
     """Return the loss a model computed itself: a field `loss`, or a scalar in the tuple it returned."""
     loss = field_of(raw, "loss")
@@ -312,3 +282,85 @@ def _returned_loss(raw: Any) -> Tensor | None:
 
 def _short(value: object) -> str:
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def workload_from(
+    model: str,
+    *,
+    data: str | Path | None = None,
+    task: str | Task | None = None,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    batches: int | None = None,
+    mode: str | Mode | None = None,
+    metric: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Workload:
+    """Make the workload of a command line: load the model, read the data, cut it into batches, all on `device`.
+
+    Args:
+        model: as `load_model` takes it; a Workload from file.py:function keeps its own batches.
+        data: a text or JSONL file; None: the text that ships.
+        task: None or "auto": told from the model.
+        batch_size: None: 8, or 2 from 50 million parameters.
+        seq_len: None: 128, or the model's maximum where that is less.
+        batches: None: 8.
+        mode: None: the file's own Workload's, else train.
+        metric: file.py:function, called as function(model, batches) → float.
+        device: `auto`, a torch device, or a catalogued name (absent: the model stays on the CPU).
+
+    Raises:
+        ModelError, DataError, DeviceError, UsageError: as the message says; nothing is left half-done.
+    """
+    kind = parse_task(task)
+    path = None if data is None else Path(data).expanduser()
+    wanted = BatchWish(data=path, batch_size=batch_size, seq_len=seq_len, batches=batches, seed=seed)
+    here = str(resolve_device(device)[0] or "cpu")  # a device that is not here is emulated on the CPU
+    measure = load_function(metric, what="--metric", error=UsageError) if metric else None
+    if is_function(model):
+        given = load_function(model)()
+        if isinstance(given, Workload):
+            return _own_workload(given, model, wanted, kind, mode, measure, here)
+        raise ModelError(
+            f"{model} returned {type(given).__name__}. To be measured it must return an autoprec.Workload: text cannot "
+            "be cut into batches without the model's tokenizer."
+        )
+    examples = read_examples(path)
+    loaded = load_model(model, task=kind, trust_remote_code=trust_remote_code, device=here)
+    made, notes = prepare_batches(loaded, examples, wanted)
+    return Workload(
+        loaded.model,
+        [batch_to(batch, here) for batch in made],
+        mode or Mode.TRAIN,
+        metric=measure,
+        task=loaded.task,
+        model_id=loaded.model_id,
+        notes=(*loaded.notes, *notes),
+    )
+
+
+def _own_workload(
+    given: Workload,
+    model: str,
+    wanted: BatchWish,
+    task: Task | None,
+    mode: str | Mode | None,
+    metric: Metric | None,
+    device: str,
+) -> Workload:
+    if wanted.named:
+        raise UsageError(f"{model} brings its own batches, so {', '.join(wanted.named)} cannot apply. Leave it out.")
+    move_model(given.model, model, device)
+    return Workload(
+        given.model,
+        [batch_to(batch, device) for batch in given.batches],
+        mode or given.mode,
+        given.loss,
+        given.outputs,
+        metric or given.metric,
+        task=task or given.task,
+        model_id=model,
+        notes=(*given.notes, f"Model and batches are those of {model}."),
+    )
