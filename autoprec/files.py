@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,11 +91,15 @@ def from_json(kind: type[T], data: Any, *, what: str, error: type[AutoprecError]
         raise error(f"{what} is not valid: {fault}") from None
 
 
-@cache
+_adapters: dict[Any, TypeAdapter[Any]] = {}  #: building one reads all the types of a record, so once each
+
+
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -1,0 +1,587 @@
+"""Plans: what they promise as values, and that a plan file is read whole or refused with the place."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoprec.errors import AutoprecError, PlanError
+from autoprec.formats import Format, Fp8Recipe
+from autoprec.plan import (
+    SCHEMA,
+    Evidence,
+    Figure,
+    GradScalerSettings,
+    Plan,
+    PlanDevice,
+    PlanModel,
+    PlanUnit,
+    check_modules,
+    support_of,
+)
+from autoprec.records import (
+    DeviceProfile,
+    FormatSupport,
+    Leaf,
+    LeafKind,
+    Mode,
+    ModelProfile,
+    Origin,
+    Pinned,
+    Role,
+    Support,
+    Unit,
+    role_formats,
+)
+
+GEMM = tuple(Format)
+LOOKUP = (Format.FP32, Format.BF16, Format.FP16)
+
+
+def profile() -> ModelProfile:
+    """Return the profile of a small model: an embedding, a convolution, two blocks and a head."""
+    blocks = [
+        (
+            Unit(f"blocks.{i}.attention", Role.ATTENTION, (f"h.{i}.attn.qkv", f"h.{i}.attn.proj"), GEMM),
+            Unit(f"blocks.{i}.ffn", Role.FFN, (f"h.{i}.mlp.up", f"h.{i}.mlp.down"), GEMM),
+        )
+        for i in range(2)
+    ]
+    units = (
+        Unit("embedding", Role.EMBEDDING, ("wte",), LOOKUP),
+        Unit("stem", Role.CONV, ("stem.conv",), LOOKUP),
+        *(unit for block in blocks for unit in block),
+        Unit("lm_head", Role.LM_HEAD, ("lm_head",), GEMM),
+    )
+    return ModelProfile(
+        model_id="tiny",
+        class_name="TinyModel",
+        fingerprint="f" * 64,
+        units=units,
+        pinned=(Pinned(("h.0.ln", "h.1.ln"), "norms run as autocast runs them"),),
+        unassigned=(),
+        leaves=tuple(Leaf(m, LeafKind.LINEAR, 8, 8, 64) for u in units for m in u.modules),
+        tied=(("wte", "lm_head"),),
+        parameters=512,
+    )
+
+
+def device(ambient: Format = Format.BF16) -> DeviceProfile:
+    """Return a device on which `ambient` is the native 16-bit format, and FP8 is absent."""
+    native, emulated = FormatSupport(Support.NATIVE, "probed"), FormatSupport(Support.EMULATED, "probed")
+    formats = {Format.FP32: native, Format.BF16: emulated, Format.FP16: emulated, ambient: native}
+    return DeviceProfile(
+        name="box",
+        kind="cpu",
+        origin=Origin.MEASURED,
+        formats=formats | {Format.FP8: FormatSupport(Support.ABSENT, "no FP8 units")},
+        tf32=FormatSupport(Support.ABSENT, "no such switch"),
+    )
+
+
+def written(plan: Plan) -> dict[str, Any]:
+    data = plan.to_json()
+    assert json.loads(json.dumps(data)) == data
+    return data
+
+
+# what a plan is
+
+
+@pytest.mark.parametrize("choice", [Format.FP32, Format.BF16, Format.FP16])
+def test_uniform_is_blanket_autocast(choice: Format) -> None:
+    plan = Plan.uniform(profile(), choice)
+    assert plan.ambient is choice
+    assert plan.stream is Format.FP32
+    for unit in plan.units:
+        assert unit.format is (Format.FP32 if unit.role is Role.EMBEDDING else choice)
+    assert plan.fp8_recipe is None
+    assert not plan.tf32
+
+
+@pytest.mark.parametrize(("on", "ambient"), [(Format.BF16, Format.BF16), (Format.FP16, Format.FP16)])
+def test_uniform_fp8_has_a_sixteen_bit_ambient_that_the_device_computes_in(on: Format, ambient: Format) -> None:
+    plan = Plan.uniform(profile(), "fp8", device=device(on))
+    assert plan.ambient is ambient
+    assert plan.stream is Format.FP32
+    assert plan.fp8_recipe is Fp8Recipe.TENSORWISE
+    formats = {u.role: u.format for u in plan.units}
+    assert formats[Role.EMBEDDING] is Format.FP32
+    assert formats[Role.CONV] is ambient, "a convolution has no FP8 and goes as autocast sends it"
+    assert formats[Role.ATTENTION] is formats[Role.FFN] is formats[Role.LM_HEAD] is Format.FP8
+    assert (plan.device.name, plan.device.origin) == ("box", Origin.MEASURED)
+
+
+def test_uniform_fp8_without_a_device_has_a_bf16_ambient() -> None:
+    assert Plan.uniform(profile(), "fp8").ambient is Format.BF16
+
+
+@pytest.mark.parametrize("choice", ["bf16", "fp16", "fp32"])
+def test_cast_stores_and_computes_everything_in_one_format(choice: str) -> None:
+    plan = Plan.cast(profile(), choice)
+    assert {plan.ambient, plan.stream, *plan.formats} == {Format(choice)}
+
+
+def test_cast_to_fp8_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"cannot be stored in fp8.*Plan\.uniform"):
+        Plan.cast(profile(), "fp8")
+
+
+def test_replace_changes_units_and_neither_ambient_nor_stream() -> None:
+    before = Plan.uniform(profile(), "bf16").with_evidence(Evidence(seed=1))
+    after = before.replace({"blocks.0.ffn": "fp8", "embedding": "bf16"})
+    assert (after.ambient, after.stream) == (Format.BF16, Format.FP32)
+    assert after.fp8_recipe is Fp8Recipe.TENSORWISE
+    changed = {name for name in after.assignment if after.assignment[name] is not before.assignment[name]}
+    assert changed == {"blocks.0.ffn", "embedding"}
+    assert after.evidence == Evidence(), "what was measured of another plan says nothing of this one"
+    assert before.assignment["blocks.0.ffn"] is Format.BF16, "plans are values"
+
+
+def test_replace_keeps_a_recipe_and_one_that_changes_nothing_is_the_same_plan() -> None:
+    plan = dataclasses.replace(Plan.uniform(profile(), "fp8"), fp8_recipe=Fp8Recipe.ROWWISE, evidence=Evidence(seed=3))
+    assert plan.replace({"lm_head": "bf16"}).fp8_recipe is Fp8Recipe.ROWWISE
+    assert plan.replace({"lm_head": "fp8"}) == plan
+    assert plan.replace({}) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block.0.ffn": "bf16"}, r"no unit 'block\.0\.ffn'; closest: blocks\.0\.ffn"),
+        ({"lm_head": "int8"}, r"'int8' is no format; choose one of fp32, bf16, fp16, fp8"),
+        ({"embedding": "fp8"}, r"unit 'embedding' cannot take fp8: .*lookup has no matmul"),
+        ({"stem": "fp8"}, r"unit 'stem' cannot take fp8: .*convolution"),
+    ],
+)
+def test_replace_and_assign_refuse_what_cannot_be(change: dict[str, str], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.uniform(profile(), "bf16").replace(change)
+    with pytest.raises(PlanError, match=message):
+        Plan.assign(profile(), change)
+
+
+def test_assign_refuses_what_the_unit_itself_cannot_take() -> None:
+    whole = profile()
+    narrow = dataclasses.replace(whole.units[-1], formats=LOOKUP)
+    with pytest.raises(PlanError, match="unit 'lm_head' cannot take fp8: it takes fp32, bf16, fp16"):
+        Plan.assign(dataclasses.replace(whole, units=(*whole.units[:-1], narrow)), {"lm_head": "fp8"})
+
+
+def test_assign_refuses_unknown_settings() -> None:
+    with pytest.raises(PlanError, match="'blockwise' is not known; choose one of tensorwise, rowwise"):
+        Plan.assign(profile(), {}, fp8_recipe="blockwise")
+    with pytest.raises(PlanError, match="'serve' is not known; choose one of train, infer"):
+        Plan.assign(profile(), {}, mode="serve")
+
+
+def test_assign_gives_unnamed_units_what_the_ambient_gives() -> None:
+    plan = Plan.assign(profile(), {"lm_head": "fp32"}, ambient="fp16", reason={"lm_head": "sensitive"})
+    assert plan.assignment["blocks.0.ffn"] is Format.FP16
+    assert plan.assignment["embedding"] is Format.FP32
+    assert plan.unit("lm_head").reason == "sensitive"
+
+
+def test_fp16_in_training_asks_for_a_gradient_scaler() -> None:
+    bf16 = Plan.uniform(profile(), "bf16")
+    fp16 = bf16.replace({"lm_head": "fp16"})
+    assert (bf16.grad_scaler, fp16.grad_scaler) == (None, GradScalerSettings())
+    assert fp16.replace({"lm_head": "bf16"}).grad_scaler is None
+    assert Plan.uniform(profile(), "fp16", mode="infer").grad_scaler is None
+    assert bf16.training_arguments["bf16"] and not bf16.training_arguments["fp16"]
+    assert fp16.training_arguments["fp16"] and not fp16.training_arguments["bf16"]
+
+
+def test_replace_keeps_training_arguments_that_are_not_about_formats() -> None:
+    plan = Plan.uniform(profile(), "bf16")
+    plan = dataclasses.replace(plan, training_arguments={**plan.training_arguments, "gradient_checkpointing": True})
+    changed = plan.replace({"lm_head": "fp16"})
+    assert changed.training_arguments["gradient_checkpointing"] is True
+    assert changed.training_arguments["fp16"] is True
+
+
+def test_diff_names_units_and_settings() -> None:
+    a, b = Plan.uniform(profile(), "bf16"), Plan.uniform(profile(), "fp16").replace({"lm_head": "bf16"})
+    difference = a.diff(b)
+    assert "lm_head" not in difference.units
+    assert difference.units["stem"] == (Format.BF16, Format.FP16)
+    assert difference.settings["ambient"] == (Format.BF16, Format.FP16)
+    assert "blocks.0.ffn: bf16 -> fp16" in str(difference)
+    assert not a.diff(a)
+    assert str(a.diff(a)) == "no difference"
+
+
+def test_diff_of_plans_for_different_models() -> None:
+    a = Plan.uniform(profile(), "bf16")
+    b = dataclasses.replace(a, model=PlanModel(id="other", class_name="TinyModel", fingerprint="0" * 64))
+    assert a.diff(b).settings == {"model": ("tiny", "other")}
+    fewer = dataclasses.replace(a, units=a.units[:-1])
+    assert a.diff(fewer).units == {"lm_head": (Format.BF16, None)}
+
+
+def test_unknown_unit_is_named_with_its_closest() -> None:
+    with pytest.raises(PlanError, match="no unit 'lmhead'; closest: lm_head"):
+        Plan.uniform(profile(), "bf16").unit("lmhead")
+
+
+def test_modules_that_the_model_lacks_are_named() -> None:
+    plan = Plan.uniform(profile(), "bf16")
+    modules = [m for u in plan.units for m in u.modules]
+    check_modules(plan, modules)
+    with pytest.raises(PlanError, match=r"unit 'blocks\.1\.ffn' names module 'h\.1\.mlp\.up'.*closest.*made for tiny"):
+        check_modules(plan, [m for m in modules if m != "h.1.mlp.up"])
+
+
+def test_support_names_the_units_a_device_cannot_run() -> None:
+    (missing,) = support_of(Plan.uniform(profile(), "fp8"), device())
+    assert missing == "fp8 in 5 units (first blocks.0.attention): box lacks it (no FP8 units)"
+    assert support_of(Plan.uniform(profile(), "bf16"), device()) == ()
+
+
+# plan -> file -> plan
+
+NAMES = st.text(min_size=1, max_size=12)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+FIGURES = st.none() | st.builds(
+    Figure,
+    value=FLOATS,
+    ci95=st.none() | st.tuples(FLOATS, FLOATS),
+    unit=NAMES,
+    origin=st.sampled_from(Origin),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | FLOATS | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Any plan that passes the checks: unique units, each module in one place, formats that roles can take."""
+    modules = draw(st.lists(NAMES, min_size=2, max_size=12, unique=True))
+    cuts = sorted(draw(st.sets(st.integers(1, len(modules) - 1), min_size=1, max_size=4)))
+    groups = [modules[i:j] for i, j in zip([0, *cuts], [*cuts, len(modules)], strict=True)]
+    names = draw(st.lists(NAMES, min_size=len(groups), max_size=len(groups), unique=True))
+    units = []
+    for name, group in zip(names[1:], groups[1:], strict=True):
+        role = draw(st.sampled_from(Role))
+        choice = draw(st.sampled_from(role_formats(role)))
+        units.append(PlanUnit(name=name, role=role, modules=tuple(group), format=choice, reason=draw(NAMES)))
+    fp8 = any(u.format is Format.FP8 for u in units)
+    return Plan(
+        model=PlanModel(id=draw(NAMES), class_name=draw(NAMES), fingerprint=draw(NAMES)),
+        device=PlanDevice(name=draw(NAMES), kind=draw(NAMES), origin=draw(st.sampled_from(Origin))),
+        mode=draw(st.sampled_from(Mode)),
+        ambient=draw(st.sampled_from(LOOKUP)),
+        stream=draw(st.sampled_from(LOOKUP)),
+        units=tuple(units),
+        pinned=(Pinned(tuple(groups[0]), draw(NAMES)),),
+        fp8_recipe=draw(st.sampled_from(Fp8Recipe) if fp8 else st.none() | st.sampled_from(Fp8Recipe)),
+        tf32=draw(st.booleans()),
+        grad_scaler=draw(
+            st.none()
+            | st.builds(
+                GradScalerSettings, init_scale=FLOATS, growth_interval=st.integers(1, 10**9), growth_factor=FLOATS
+            )
+        ),
+        training_arguments=draw(st.dictionaries(NAMES, JSON, max_size=3)),
+        evidence=draw(
+            st.builds(
+                Evidence,
+                drop=FIGURES,
+                step_ms=FIGURES,
+                speedup=FIGURES,
+                peak_bytes=FIGURES,
+                weights_digest=st.none() | NAMES,
+                versions=st.dictionaries(NAMES, NAMES, max_size=3),
+                seed=st.none() | st.integers(),
+            )
+        ),
+    )
+
+
+@given(plan=plans())
+def test_plan_to_file_to_plan_is_the_identity(plan: Plan) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "plan.json")
+        plan.save(path)
+        assert Plan.load(path) == plan
+    assert Plan.from_json(written(plan)) == plan
+
+
+def test_the_file_has_the_documented_fields() -> None:
+    data = written(Plan.uniform(profile(), "fp16"))
+    assert list(data) == [
+        "schema",
+        "model",
+        "device",
+        "mode",
+        "ambient",
+        "stream",
+        "units",
+        "pinned",
+        "fp8_recipe",
+        "tf32",
+        "grad_scaler",
+        "training_arguments",
+        "evidence",
+    ]
+    assert data["schema"] == SCHEMA == "autoprec/plan@1"
+    assert set(data["model"]) == {"id", "class", "fingerprint"}
+    assert set(data["device"]) == {"name", "kind", "origin"}
+    assert all(set(unit) == {"name", "role", "modules", "format", "reason"} for unit in data["units"])
+    assert all(set(group) == {"modules", "reason"} for group in data["pinned"])
+    assert set(data["grad_scaler"]) == {"init_scale", "growth_factor", "backoff_factor", "growth_interval"}
+    assert set(data["evidence"]) == {
+        "drop",
+        "step_ms",
+        "speedup",
+        "peak_bytes",
+        "weights_digest",
+        "versions",
+        "seed",
+    }
+
+
+# damage
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved plan with something in every field."""
+    figure = Figure(value=0.0125, ci95=(0.01, 0.015), unit="nats", origin=Origin.MEASURED)
+    plan = Plan.uniform(profile(), "fp8").replace({"lm_head": "fp16"})
+    plan = plan.with_evidence(
+        Evidence(drop=figure, weights_digest="ab12", versions={"torch": "2.13.0", "python": "3.11"}, seed=7)
+    )
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    return path
+
+
+def outcome(path: Path) -> Plan | str:
+    """Return the plan of a file, or the message of its PlanError; any other exception fails the test."""
+    try:
+        return Plan.load(path)
+    except PlanError as error:
+        return str(error)
+
+
+def test_a_cut_off_file_is_refused_with_the_place(saved: Path) -> None:
+    whole, plan = saved.read_bytes(), Plan.load(saved)
+    for length in range(0, len(whole) - 1, 7):  # all but the last newline, which says nothing
+        saved.write_bytes(whole[:length])
+        message = outcome(saved)
+        assert isinstance(message, str), f"cut to {length} of {len(whole)} bytes"
+        assert str(saved) in message and "line" in message
+    saved.write_bytes(whole.rstrip(b"\n"))
+    assert outcome(saved) == plan
+
+
+@given(where=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
+def test_a_damaged_byte_is_refused_or_read_as_it_stands(where: float, byte: int) -> None:
+    """A changed letter inside a reason cannot be told from the truth; but nothing is guessed, dropped or defaulted."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "plan.json")
+        Plan.uniform(profile(), "fp8").with_evidence(Evidence(seed=7, versions={"torch": "2.13.0"})).save(path)
+        damaged = bytearray(path.read_bytes())
+        damaged[int(where * len(damaged))] = byte
+        path.write_bytes(damaged)
+        found = outcome(path)
+        if isinstance(found, Plan):
+            assert found.to_json() == json.loads(bytes(damaged))
+        else:
+            assert str(path) in found
+
+
+@given(data=JSON)
+def test_foreign_json_is_refused(data: Any) -> None:
+    with pytest.raises(PlanError):
+        Plan.from_json(data)
+    with pytest.raises(PlanError):
+        Plan.from_json({"schema": SCHEMA, "model": data})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "damaged or cut off: Expecting value at line 1 column 1"),
+        ("[]", "no autoprec plan: it has no 'schema'"),
+        ('{"format": "gguf"}', "no autoprec plan"),
+        ('{"schema": "autoprec/search@1"}', r"'autoprec/search@1' is not known here; a plan\.json has schema"),
+        ('{"schema": "autoprec/plan@2"}', "not valid at schema: 'autoprec/plan@2'.*install a newer autoprec"),
+        ('{"schema": 1}', "not valid at schema: 1 is not known"),
+        ('{"schema": "autoprec/plan@1"}', "not valid at model: Field required|missing"),
+        ('{"schema": "autoprec/plan@1", "schema": "autoprec/plan@1"}', "the field 'schema' stands twice"),
+        ("[" * 100_000, "damaged"),
+        ('{"schema": ' + "9" * 5000 + "}", "damaged"),
+        ('{"schema": "autoprec/plan@1", "model": {"id": "\\ud800"}}', "not valid"),
+    ],
+)
+def test_foreign_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\x93\x00\xff" * 10)
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.load(path)
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.load(tmp_path)
+    with pytest.raises(PlanError, match="does not exist"):
+        Plan.load(tmp_path / "missing.json")
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.load("plan\0.json")
+
+
+def put(data: Any, place: str, value: Any) -> None:
+    """Set the value at a place such as `units.3.format`; the value `delete` removes it."""
+    *way, last = [int(step) if step.isdigit() else step for step in place.split(".")]
+    for step in way:
+        data = data[step]
+    if value is delete:
+        del data[last]
+    else:
+        data[last] = value
+
+
+delete = object()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("ambiance", "bf16"),
+        ("model.revision", "main"),
+        ("model.class_name", "TinyModel"),
+        ("device.memory", 1),
+        ("units.2.bits", 8),
+        ("pinned.0.role", "norm"),
+        ("grad_scaler.enabled", True),
+        ("evidence.notes", "none"),
+        ("evidence.drop.ci99", [0.0, 1.0]),
+        ("mode", delete),
+        ("units", delete),
+        ("model.class", delete),
+        ("model.fingerprint", delete),
+        ("units.3.format", delete),
+        ("units.0.modules", delete),
+        ("pinned.0.reason", delete),
+        ("evidence.drop.unit", delete),
+        ("mode", "serve"),
+        ("ambient", "int8"),
+        ("ambient", None),
+        ("stream", "BF16"),
+        ("units", {}),
+        ("units", None),
+        ("units.3", "blocks.0.ffn"),
+        ("units.3.format", "fp4"),
+        ("units.3.format", 16),
+        ("units.3.role", "mlp"),
+        ("units.3.modules", "h.0.mlp.up"),
+        ("units.3.modules.0", 5),
+        ("units.3.name", None),
+        ("units.3.reason", ["a"]),
+        ("fp8_recipe", "blockwise"),
+        ("tf32", "false"),
+        ("tf32", 0),
+        ("grad_scaler.init_scale", "65536"),
+        ("grad_scaler.growth_interval", 2000.5),
+        ("model", "tiny"),
+        ("model.class", 5),
+        ("model.id", 5),
+        ("device.origin", "guessed"),
+        ("training_arguments", []),
+        ("evidence.drop.value", "0.01"),
+        ("evidence.drop.value", float("nan")),
+        ("evidence.drop.ci95", [0.0]),
+        ("evidence.drop.ci95", [0.0, 1.0, 2.0]),
+        ("evidence.drop.origin", "felt"),
+        ("evidence.seed", "7"),
+        ("evidence.versions.torch", 2),
+    ],
+)
+def test_unknown_missing_and_ill_typed_fields_are_refused_at_their_place(saved: Path, place: str, value: Any) -> None:
+    data = json.loads(saved.read_text())
+    put(data, place, value)
+    with pytest.raises(PlanError) as caught:
+        Plan.from_json(data, what="plan x.json")
+    assert str(caught.value).startswith("plan x.json is not valid")
+    if value == value:  # NaN is found before places are known
+        assert place in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("units", [], "no unit"),
+        ("units.3.name", "blocks.0.attention", r"unit 'blocks\.0\.attention' stands 2 times"),
+        ("units.3.modules.0", "h.0.attn.qkv", r"module 'h\.0\.attn\.qkv' is named by unit 'blocks\.0\.attention' and"),
+        ("units.3.modules.0", "h.0.ln", r"module 'h\.0\.ln' is named by unit 'blocks\.0\.ffn' and by pinned"),
+        (
+            "units.3.modules.0",
+            "h.0.mlp.down",
+            r"module 'h\.0\.mlp\.down' is named by unit 'blocks\.0\.ffn' and by unit",
+        ),
+        ("units.0.format", "fp8", "unit 'embedding' cannot take fp8: embedding units take fp32, bf16, fp16"),
+        ("units.1.format", "fp8", "unit 'stem' cannot take fp8: conv units take"),
+        ("ambient", "fp8", "ambient and stream cannot be fp8"),
+        ("stream", "fp8", "ambient and stream cannot be fp8"),
+        ("fp8_recipe", None, "fp8 units and no fp8_recipe"),
+    ],
+)
+def test_plans_that_contradict_themselves_are_refused(saved: Path, place: str, value: Any, message: str) -> None:
+    data = json.loads(saved.read_text())
+    put(data, place, value)
+    saved.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.load(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_values_that_are_no_json_are_refused_when_building_and_when_saving(tmp_path: Path) -> None:
+    data = Plan.uniform(profile(), "bf16").to_json() | {"training_arguments": {"callback": object()}}
+    with pytest.raises(PlanError, match="not valid"):
+        Plan.from_json(data)
+    plan = dataclasses.replace(Plan.uniform(profile(), "bf16"), training_arguments={"callback": object()})
+    with pytest.raises(AutoprecError, match="cannot be written as JSON"):
+        plan.save(tmp_path / "plan.json")
+    figure = Figure(value=float("inf"), ci95=None, unit="nats", origin=Origin.MEASURED)
+    with pytest.raises(AutoprecError, match="not JSON compliant"):
+        plan = Plan.uniform(profile(), "bf16").with_evidence(Evidence(drop=figure))
+        plan.save(tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
+
+
+# writing
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_previous_plan(saved: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    before = saved.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(AutoprecError, match=r"No space left on device; the previous file is unchanged.*--out"):
+        Plan.uniform(profile(), "fp32").save(saved)
+    with pytest.raises(AutoprecError, match=r"No space left on device\. Free space"):
+        Plan.uniform(profile(), "fp32").save(saved.with_name("new.json"))
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
