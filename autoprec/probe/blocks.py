@@ -66,7 +66,7 @@ class Tree:
     def counts_heads(self, name: str) -> bool:
         """Tell whether a module itself keeps a number of heads (`n_head`, `num_heads`, `head_dim`, …)."""
         own = vars(self.modules[name])
-        return any(isinstance(value, int) and value > 0 and _HEADS.search(key) for key, value in own.items())
+        return any(type(value) is int and value > 0 and _HEADS.search(key) for key, value in own.items())
 
 
 def find_stacks(tree: Tree) -> tuple[Stack, ...]:

@@ -92,7 +92,9 @@ class _Judge:
             return Role.ATTENTION
         if len(outermost) == 1 and len(leaves) > 1:
             outside = [x for x in leaves if not _within(x.path, outermost[0])]
-            if len(outside) <= 1 and _halves(leaves, self.width) is None:
+            halves = _halves(leaves, self.width)
+            # square leaves (position projections) can pass for an FFN of equal width, so they are no proof of one
+            if len(outside) <= 1 and (halves is None or halves[1][-1].inputs == self.width):
                 return Role.ATTENTION
         return None
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from autoprec.errors import ModelError
 from autoprec.probe.blocks import Stack, Tree, find_stacks
-from autoprec.probe.leaves import SUPPORTED, Inventory, take_inventory
+from autoprec.probe.leaves import SUPPORTED, Inventory, find_sites, take_inventory
 from autoprec.probe.parts import BlockLeaf, BlockShape, Part, place
 from autoprec.records import Leaf, LeafKind, ModelProfile, Pinned, Role, Unit, role_formats
 from autoprec.runtime.identity import base_class, canonical_modules, fingerprint
@@ -43,7 +43,7 @@ def probe_units(model: nn.Module, *, model_id: str | None = None) -> ModelProfil
     root = modules[""]
     inventory = take_inventory(modules)
     _check(modules, inventory)
-    units, pinned = _Placement(root, Tree(modules, inventory.leaves), inventory.leaves).run()
+    units, pinned = _Placement(modules, inventory.leaves).run()
     reasons = {**inventory.pinned, **pinned}
     class_name = base_class(root).__name__
     return ModelProfile(
@@ -61,7 +61,10 @@ def probe_units(model: nn.Module, *, model_id: str | None = None) -> ModelProfil
 
 def _check(modules: Mapping[str, nn.Module], inventory: Inventory) -> None:
     if inventory.unassigned:
-        named = ", ".join(f"'{n}' ({base_class(modules[n]).__name__})" for n in inventory.unassigned[:3])
+        named = ", ".join(
+            (f"'{n}'" if n else "the model itself") + f" ({base_class(modules[n]).__name__})"
+            for n in inventory.unassigned[:3]
+        )
         more = f" and {len(inventory.unassigned) - 3} more" if len(inventory.unassigned) > 3 else ""
         first = modules[inventory.unassigned[0]]
         owned = ", ".join(f"{k} {list(p.shape)}" for k, p in first._parameters.items() if p is not None)
@@ -77,14 +80,15 @@ def _check(modules: Mapping[str, nn.Module], inventory: Inventory) -> None:
 
 
 class _Placement:
-    """One pass over a model's leaves; each goes into one unit or is pinned."""
+    """One pass over a model's sites (a leaf, or a leaf with its adapters); each goes into one unit or is pinned."""
 
-    def __init__(self, root: nn.Module, tree: Tree, leaves: Mapping[str, Leaf]) -> None:
-        self.root = root
-        self.tree = tree
-        self.leaves = leaves
+    def __init__(self, modules: Mapping[str, nn.Module], leaves: Mapping[str, Leaf]) -> None:
+        self.root = modules[""]
+        self.sites = find_sites(leaves)
+        self.leaves = {site: leaves[names[0]] for site, names in self.sites.items()}
+        self.tree = Tree(modules, self.leaves)
         self.order = {name: i for i, name in enumerate(leaves)}
-        self.stacks = find_stacks(tree)
+        self.stacks = find_stacks(self.tree)
         self.units: list[Unit] = []
         self.pinned: defaultdict[str, list[str]] = defaultdict(list)
         self.taken: set[str] = set()
@@ -157,15 +161,15 @@ class _Placement:
     def _part(self, part: Part, name: str, prefix: str) -> None:
         names = [f"{prefix}{path}" for path in part.paths]
         if part.role is Role.ROUTER:
-            self.pinned[_ROUTER] += names
+            self.pinned[_ROUTER] += self._members(names)
         elif part.role is Role.EMBEDDING:
-            self.pinned[_INNER_LOOKUP] += names
+            self.pinned[_INNER_LOOKUP] += self._members(names)
         else:
             self._add(name, part.role, names)
 
     def _unrepeated(self, names: list[str]) -> list[str]:
         """Place a model that repeats nothing as one block; return the leaves that are neither attention nor FFN."""
-        left = []
+        left: list[str] = []
         for part in place(self._shape("", names)):
             if part.role in (Role.ATTENTION, Role.FFN):
                 self._part(part, part.name, "")
@@ -182,10 +186,10 @@ class _Placement:
         lookups = [n for n in outside if self.leaves[n].kind is LeafKind.EMBEDDING]
         source = _accessor(self.root, "get_input_embeddings")
         tokens = [n for n in lookups if self.tree.modules[n] is source] or lookups
-        tables = {id(self.tree.modules[n]._parameters.get("weight")) for n in lookups}
-        tied = [n for n in matmuls if id(self.tree.modules[n]._parameters.get("weight")) in tables]
+        tables = {self._weight(n) for n in lookups}
+        tied = [n for n in matmuls if self._weight(n) in tables]
         sized = [n for n in matmuls if self.leaves[n].outputs in {self.leaves[t].inputs for t in tokens}]
-        return (tied or sized or [None])[-1]
+        return next(reversed(tied or sized), None)
 
     def _value_head(self, rest: list[str]) -> str | None:
         """Return the output layer of a classifier: the last leaf outside blocks that changes the width."""
@@ -194,16 +198,24 @@ class _Placement:
         return changing[-1] if changing and not several else None
 
     def _short(self, name: str) -> str:
-        """Return a leaf's name without the path of the body and without a closing `dense` that tells nothing."""
+        """Return a leaf's name without the path of the body, and without a closing `dense` or number if it is alone."""
         parts = name.split(".")
         homes = [block.path for stack in self.stacks for block in stack.blocks[:1]]
         while len(parts) > 1 and any(home.startswith(f"{parts[0]}.") for home in homes):
             head = parts.pop(0)
             homes = [home[len(head) + 1 :] for home in homes if home.startswith(f"{head}.")]
         parent = name.rpartition(".")[0]
-        if len(parts) > 1 and parts[-1] == "dense" and len(self.tree.below[parent]) == 1:
+        if len(parts) > 1 and (parts[-1] == "dense" or parts[-1].isdigit()) and len(self.tree.below[parent]) == 1:
             parts.pop()
-        return ".".join(parts) or "layer"
+        short = ".".join(parts)
+        return f"layer.{short}" if short.isdigit() else short or "layer"
+
+    def _weight(self, site: str) -> int:
+        """Return the identity of the weight at a site (an adapted layer's own, not its adapters')."""
+        return id(self.tree.modules[self.sites[site][0]]._parameters.get("weight"))
+
+    def _members(self, sites: Iterable[str]) -> list[str]:
+        return [leaf for site in sites for leaf in self.sites[site]]
 
     def _add(self, name: str, role: Role, names: list[str]) -> None:
         unique, count = name, 1
@@ -211,7 +223,7 @@ class _Placement:
             count += 1
             unique = f"{name}_{count}"
         self.taken.add(unique)
-        modules = tuple(sorted(names, key=self.order.__getitem__))
+        modules = tuple(sorted(self._members(names), key=self.order.__getitem__))
         self.units.append(Unit(name=unique, role=role, modules=modules, formats=role_formats(role)))
 
 
