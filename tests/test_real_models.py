@@ -46,8 +46,8 @@ def test_smollm2_is_a_plain_model_that_predicts_english() -> None:
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     batch = tokens[: 3 * 512].view(3, 512)
     loss = float(model(input_ids=batch, labels=batch).loss)
-    # recorded with torch 2.13: perplexity 23.52 on these three. Even all weights cast to bf16 move it by 0.001 nats only,
-    # so another CPU's order of summation stays far below 0.01; wrongly permuted q and k cost 2 nats.
+    # recorded with torch 2.13: perplexity 23.52 on these three. Even all weights cast to bf16 move it by 0.001 nats
+    # only, so another CPU's order of summation stays far below 0.01; wrongly permuted q and k cost 2 nats.
     assert loss == pytest.approx(math.log(23.52), abs=0.01)
     # recorded independently: 28.6 on three windows elsewhere in the novel. Windows differ by a standard deviation of
     # 0.25 nats, so two means of three by 0.2; twice that.
@@ -84,8 +84,7 @@ def test_minilm_tells_similar_from_unrelated() -> None:
     keep = batch["attention_mask"][..., None]
     embeddings = torch.nn.functional.normalize((states * keep).sum(1) / keep.sum(1), dim=-1)
     similar, unrelated = float(embeddings[0] @ embeddings[1]), float(embeddings[0] @ embeddings[2])
-    # recorded with torch 2.13 in fp32, whose rounding shows in the sixth digit; another pair of each kind gave 0.689 and
-    # 0.004
+    # recorded with torch 2.13 in fp32, whose rounding shows in the sixth digit; other pairs gave 0.689 and 0.004
     assert similar == pytest.approx(0.6674, abs=1e-3)
     assert unrelated == pytest.approx(-0.0615, abs=1e-3)
 
