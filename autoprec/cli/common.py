@@ -56,8 +56,7 @@ device_option = click.option(
 mode_option = click.option(
     "--mode",
     type=click.Choice([m.value for m in Mode]),
-    default=Mode.TRAIN.value,
-    show_default=True,
+    show_default="train",
     help="One step: forward, backward and optimizer; or forward only.",
 )
 max_drop_option = click.option(
@@ -75,7 +74,7 @@ trust_option = click.option(
 def workload_options(command: F) -> F:
     """Add the options that say what a model is run on."""
     options = [
-        click.option("--data", metavar="F", help="Text, or JSONL with text and label.  [default: a shipped text]"),
+        click.option("--data", metavar="F", show_default="a shipped text", help="Text, or JSONL with text and label."),
         click.option(
             "--task",
             type=click.Choice(["auto", *(t.value for t in Task)]),
@@ -84,9 +83,19 @@ def workload_options(command: F) -> F:
             show_default=True,
             help=f"auto, {', '.join(t.value for t in Task)}.",
         ),
-        click.option("--batch-size", metavar="N", type=click.IntRange(min=1), help="Examples a batch."),
-        click.option("--seq-len", metavar="N", type=click.IntRange(min=2), help="Tokens an example."),
-        click.option("--batches", metavar="N", type=click.IntRange(min=1), help="Batches to measure on."),
+        click.option(
+            "--batch-size",
+            metavar="N",
+            type=click.IntRange(min=1),
+            show_default="8; 2 from 50 M parameters on",
+            help="Examples a batch.",
+        ),
+        click.option(
+            "--seq-len", metavar="N", type=click.IntRange(min=2), show_default="128", help="Tokens an example."
+        ),
+        click.option(
+            "--batches", metavar="N", type=click.IntRange(min=1), show_default="8", help="Batches to measure on."
+        ),
         click.option("--metric", metavar="F:NAME", help="Your metric, file.py:function; reported beside the drop."),
         trust_option,
     ]

@@ -15,7 +15,7 @@ __all__ = ["command"]
 @click.command("export")
 @click.argument("plan", metavar="PLAN")
 @click.option("--to", "target", metavar="TARGET", help=f"What to write: {', '.join(TARGETS)}.  [required]")
-@click.option("--out", metavar="F", help="File to write.  [default: stdout]")
+@click.option("--out", metavar="F", show_default="stdout", help="File to write.")
 def command(plan: str, target: str | None, out: str | None) -> None:
     """Write a plan as code for your training script.
 

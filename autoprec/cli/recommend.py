@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from autoprec.cli.common import (
@@ -15,6 +17,7 @@ from autoprec.cli.common import (
     quiet,
     result_console,
 )
+from autoprec.records import Mode
 
 __all__ = ["command"]
 
@@ -43,7 +46,7 @@ __all__ = ["command"]
 def command(
     model: str,
     device: str,
-    mode: str,
+    mode: str | None,
     method: str,
     batch_size: int,
     seq_len: int,
@@ -67,7 +70,7 @@ def command(
         advice = recommend(
             model,
             device=device,
-            mode=mode,
+            mode=mode or Mode.TRAIN,
             batch_size=batch_size,
             seq_len=seq_len,
             method=method,
@@ -90,4 +93,6 @@ def command(
         memory=document["memory"] if explain else {},
         expected=document["expected"] if explain else {},
     )
-    print_paths(console, {"plan": str(path), "measure it": f"autoprec search {model} --mode {mode}"})
+    print_paths(
+        console, {"plan": str(path), "measure it": f"autoprec search {shlex.quote(model)} --mode {advice.plan.mode}"}
+    )

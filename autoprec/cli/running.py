@@ -22,15 +22,20 @@ SETTINGS = Path("autoprec.toml")
 _RUN_NAME = re.compile(r"\d{8}-\d{6}-(?P<model>.+)")
 
 
-def build_workload(model: str, **options: Any) -> Workload:
-    """Return the workload of a model; options left out (None) are chosen by the library.
+def build_workload(model: str, *, device: str, data: str | None = None, **options: Any) -> Workload:
+    """Return the workload of a model on a device; options left out (None) are chosen by the library.
+
+    For a catalogued device that is not here the workload is on the CPU, where its formats are emulated.
 
     Raises:
-        ModelError, DataError: the model or its data cannot be used.
+        ModelError, DataError, DeviceError: the model, its data or the device cannot be used.
     """
+    from autoprec.probe.device import resolve_device
     from autoprec.probe.workload import workload_from
 
-    return workload_from(model, **{name: value for name, value in options.items() if value is not None})
+    here, _ = resolve_device(device)
+    where = "cpu" if here is None else str(here)
+    return workload_from(model, data=Path(data) if data else None, device=where, **options)
 
 
 def slug(model: str) -> str:

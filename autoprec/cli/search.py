@@ -22,6 +22,7 @@ from autoprec.cli.common import (
 )
 from autoprec.cli.running import build_workload, model_of_run, new_run, newest_run, read_settings
 from autoprec.errors import Interrupted, UsageError, closest
+from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.records import SearchResult
 
 __all__ = ["command"]
@@ -51,7 +52,7 @@ _WORKLOAD = (
     help="Wall-clock time for everything: 90s, 45m, 2h, 1h30m.",
 )
 @click.option(
-    "--trials", metavar="N", type=click.IntRange(min=1), help="Stop after so many trials.  [default: no limit]"
+    "--trials", metavar="N", type=click.IntRange(min=1), show_default="no limit", help="Stop after so many trials."
 )
 @device_option
 @mode_option
@@ -63,10 +64,10 @@ _WORKLOAD = (
     show_default=True,
     help="What may be chosen: default, roles, modules, or a TOML file.",
 )
-@click.option("--storage", metavar="URL", help="Optuna storage.  [default: a journal in the run folder]")
+@click.option("--storage", metavar="URL", show_default="a journal in the run folder", help="Optuna storage.")
 @click.option("--resume", is_flag=True, help="Go on with --out, or with the model's newest run here.")
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed of data order and sampling.")
-@click.option("--out", metavar="DIR", help="Run folder.  [default: autoprec-runs/<time>-<model>]")
+@click.option("--out", metavar="DIR", show_default="autoprec-runs/<time>-<model>", help="Run folder.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, /, **given: Any) -> None:
@@ -80,6 +81,8 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     Ctrl-C keeps what was measured and prints the line that resumes.
     """
     options = _settled(ctx, given)
+    duration_seconds(options["budget"])  # a slip of the pen is told before a model is loaded
+    DropLimit.parse(options["max_drop"])
     model, folder = options["model"], _folder(options)
     from autoprec.report.progress import News
 

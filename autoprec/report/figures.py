@@ -31,7 +31,7 @@ def number(value: float, digits: int = 3) -> str:
     """Return `value` with `digits` significant digits, written out where that is short: 0.00123, 412, 3.1e-7."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    size = math.floor(math.log10(abs(value)))
+    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
     if abs(value) >= _SMALL and size < 7:
         return f"{value:.{max(0, digits - 1 - size)}f}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")

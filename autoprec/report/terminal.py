@@ -54,6 +54,7 @@ def _print_table(
     """Print an indented table with one row set off; where it is tight, the widest columns wrap first."""
     rows = [[plain(cell) for cell in row] for row in rows]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table.show_header = any(title for title, _ in columns)
     cells = [[title, *(row[index] for row in rows)] for index, (title, _) in enumerate(columns)]
     widths = _widths(cells, console.width - _INDENT - 2 * (len(columns) - 1))
     for (title, align), width in zip(columns, widths, strict=True):
@@ -70,7 +71,7 @@ def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
     """
     widths = [max(cell_len(cell) for cell in column) for column in columns]
     words = [max((cell_len(word) for cell in column for word in cell.split()), default=1) for column in columns]
-    for least in (words, [min(w, 12) for w in words], [min(w, 4) for w in words]):
+    for least in (words, [min(w, 12) for w in words], [1] * len(words)):
         while sum(widths) > room:
             index = max(range(len(widths)), key=lambda i: widths[i] if widths[i] > least[i] else 0)
             if widths[index] <= least[index]:
@@ -144,8 +145,8 @@ def _device_lines(profile: DeviceProfile) -> list[str]:
     lines = []
     if profile.copy_gb_per_s:
         copy = profile.copy_gb_per_s
-        figure = interval(copy.value, (copy.low, copy.high), suffix=" GB/s")
-        lines.append(f"copy bandwidth: {figure}{origin_note(copy.origin)}")
+        figure = interval(copy.value, (copy.low, copy.high))
+        lines.append(f"copy bandwidth: {figure} GB/s{origin_note(copy.origin)}")
     if profile.bandwidth_gb_per_s:
         lines.append(f"memory bandwidth: {number(profile.bandwidth_gb_per_s)} GB/s ({Origin.DATASHEET})")
     if profile.instructions:
