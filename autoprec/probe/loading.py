@@ -176,15 +176,22 @@ def _choose(
         if own or chosen is None or known is None or task not in (None, known):
             continue
         return settings, chosen, known
-    known = task or next((t for t in (detect_task(name, settings) for name in names) if t is not None), None)
-    known = known or next((t for t, auto in _AUTO_CLASSES.items() if auto in own), None)
+    # its own code says by its auto classes what it is for; the name of its class need not
+    known = task or next((t for t, auto in _AUTO_CLASSES.items() if auto in own), None)
+    known = known or next((t for t in (detect_task(name, settings) for name in names) if t is not None), None)
     known = known or (Task.SEQ2SEQ if getattr(settings, "is_encoder_decoder", False) else None)
     if known is None:
         said = f"class {names[0]}, whose purpose is not known here" if names else "no class"
         raise ModelError(
             f"config.json of {folder} names {said}. Say what it is for: --task {', '.join(t.value for t in Task)}."
         )
-    return settings, getattr(transformers, _AUTO_CLASSES[known]), known
+    chosen = getattr(transformers, _AUTO_CLASSES[known])
+    if not own and type(settings) not in chosen._model_mapping:
+        raise ModelError(
+            f"transformers has no class of task {known.value} for a {settings.model_type} model "
+            f"({_AUTO_CLASSES[known]}). Leave --task out, or choose another."
+        )
+    return settings, chosen, known
 
 
 def _is_auto(chosen: Any) -> bool:
