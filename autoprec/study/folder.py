@@ -41,7 +41,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "run.lock").open("a+")
         except OSError as error:
-            raise StudyError(f"cannot use run folder {self.path}: {error.strerror}. Choose another with --out.") from None
+            raise StudyError(
+                f"cannot use run folder {self.path}: {error.strerror}. Choose another with --out."
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
