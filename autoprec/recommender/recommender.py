@@ -1,0 +1,184 @@
+"""A plan from facts alone: what the device can do, what the units are, and rules of practice. Nothing is run.
+
+The plan's units carry their reasons; the recommendation adds what the training code around them must know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from autoprec.errors import ModelError, UsageError
+from autoprec.formats import Format
+from autoprec.plan import Plan
+from autoprec.quantities import DropLimit
+from autoprec.recommender.advice import Situation, base_choice, fp8_recipe, tf32_choice, unit_choice
+from autoprec.recommender.arguments import training_arguments
+from autoprec.recommender.features import unit_facts
+from autoprec.recommender.figures import Method, expected_figures, memory_figures
+from autoprec.recommender.notes import around_the_plan
+from autoprec.records import DeviceProfile, Mode, ModelProfile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["SCHEMA", "Recommendation", "recommend", "recommend_plan"]
+
+T = TypeVar("T", bound=StrEnum)
+
+SCHEMA = "autoprec/recommendation@1"
+#: states above this share of the device's memory leave activations so little that recomputing them is advised
+_TIGHT = 0.6
+_PROBE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommendation:
+    """A plan with the training arguments that go with it, the reasons, and what memory and speed to expect."""
+
+    plan: Plan
+    training_arguments: Mapping[str, Any]
+    reasons: tuple[str, ...]
+    memory: Mapping[str, Any]
+    expected: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recommendation as plain JSON data (schema `autoprec/recommendation@1`)."""
+        return {
+            "schema": SCHEMA,
+            "plan": self.plan.to_json(),
+            "training_arguments": dict(self.training_arguments),
+            "reasons": list(self.reasons),
+            "memory": dict(self.memory),
+            "expected": dict(self.expected),
+        }
+
+
+def recommend(
+    model_or_id: nn.Module | ModelProfile | str,
+    device: str | DeviceProfile = "auto",
+    mode: Mode | str = "train",
+    batch_size: int = 8,
+    seq_len: int = 512,
+    method: Method | str = "full",
+    max_drop: str | float | DropLimit = "0.25%",
+) -> Recommendation:
+    """Recommend a plan for a model on a device, in seconds, from facts and rules of practice.
+
+    Args:
+        model_or_id: a module, its profile, or a name (`demo`, a folder, a Hugging Face id), whose weights are not read.
+        device: as in `probe_device`; a device that is here is probed for about a second.
+        batch_size: sequences a step.
+        seq_len: tokens a sequence.
+        method: full, lora or qlora.
+        max_drop: the largest drop wanted; what the rules choose is not measured against it.
+
+    Raises:
+        UsageError: an argument that cannot be read.
+        ModelError: the model cannot be found or placed in units.
+        DeviceError: the device is not here, or no device is called so.
+    """
+    step, way = _choice(Mode, mode, "mode"), _choice(Method, method, "method")
+    limit = DropLimit.parse(max_drop)
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise UsageError(f"{name} must be 1 or more, got {value}")
+    profile = _model_profile(model_or_id)
+    known = device if isinstance(device, DeviceProfile) else _device_profile(device)
+    plan = recommend_plan(profile, known, mode=step, batch_size=batch_size, seq_len=seq_len, method=way, max_drop=limit)
+    facts = unit_facts(profile)
+    memory = memory_figures(profile, facts, plan, known, way)
+    checkpointing = step is Mode.TRAIN and (memory["share_of_device"] or 0) > _TIGHT
+    here = _situation(profile, known, step, batch_size * seq_len, limit, way)
+    reasons = (
+        base_choice(here).reason,
+        tf32_choice(here)[1],
+        *around_the_plan(plan, facts, known, memory, way, here.tokens, checkpointing),
+    )
+    return Recommendation(
+        plan=plan,
+        training_arguments=training_arguments(plan, batch_size=batch_size, checkpointing=checkpointing),
+        reasons=reasons,
+        memory=memory,
+        expected=expected_figures(plan, facts, known, here.tokens),
+    )
+
+
+def recommend_plan(
+    profile: ModelProfile,
+    device: DeviceProfile,
+    *,
+    mode: Mode,
+    batch_size: int,
+    seq_len: int,
+    method: str = "full",
+    max_drop: str | float | DropLimit = "0.25%",
+) -> Plan:
+    """Return the plan the rules give, each unit with its reason; a pure function of its arguments.
+
+    Raises:
+        ModelError: some leaf of the model is in no unit.
+        UsageError: an unknown method.
+    """
+    if profile.unassigned:
+        raise ModelError(
+            f"{profile.model_id} has leaves in no unit, the first of them '{profile.unassigned[0]}'; a plan must place "
+            "every leaf. Please report the model's class."
+        )
+    way = _choice(Method, method, "method")
+    here = _situation(profile, device, mode, batch_size * seq_len, DropLimit.parse(max_drop), way)
+    base = base_choice(here)
+    choices = {name: unit_choice(facts, base, here) for name, facts in unit_facts(profile).items()}
+    formats = {name: choice.format for name, choice in choices.items()}
+    return Plan.assign(
+        profile,
+        formats,
+        ambient=base.format,
+        device=device,
+        mode=mode,
+        tf32=tf32_choice(here)[0],
+        fp8_recipe=fp8_recipe(device) if Format.FP8 in formats.values() else None,
+        reason={name: choice.reason for name, choice in choices.items()},
+    )
+
+
+def _situation(
+    profile: ModelProfile, device: DeviceProfile, mode: Mode, tokens: int, limit: DropLimit, method: Method
+) -> Situation:
+    return Situation(
+        device=device,
+        mode=mode,
+        tokens=tokens,
+        class_name=profile.class_name,
+        max_drop=limit,
+        four_bit=method is Method.QLORA,
+    )
+
+
+def _choice(kind: type[T], value: str, what: str) -> T:
+    """Return the member of an enum that a text names."""
+    try:
+        return kind(str(value).lower())
+    except ValueError:
+        raise UsageError(f"'{value}' is no {what}; choose one of {', '.join(kind)}") from None
+
+
+def _model_profile(model: nn.Module | ModelProfile | str) -> ModelProfile:
+    """Return the units of a model; of a name only the configuration is read."""
+    if isinstance(model, ModelProfile):
+        return model
+    from autoprec.probe.units import probe_units
+
+    if isinstance(model, str):
+        from autoprec.probe.loading import load_skeleton
+
+        return probe_units(load_skeleton(model), model_id=model)
+    return probe_units(model)
+
+
+def _device_profile(device: str) -> DeviceProfile:
+    from autoprec.probe.device import probe_device
+
+    return probe_device(device, seconds=_PROBE_SECONDS)
