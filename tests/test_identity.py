@@ -11,6 +11,9 @@ import transformers
 from torch import nn
 
 from autoprec.errors import ModelError
+from autoprec.plan import Plan
+from autoprec.probe.units import probe_units
+from autoprec.runtime.attach import apply
 from autoprec.runtime.identity import (
     base_class,
     canonical,
@@ -202,3 +205,14 @@ def test_two_modules_of_one_name_are_refused() -> None:
     outer.module = nn.Linear(2, 2)
     with pytest.raises(ModelError, match="two modules are both called 'layer' .* rename the child called 'module'"):
         canonical_modules(nn.ModuleDict({"layer": outer}))
+
+
+@pytest.mark.parametrize("choice", ["fp32", "bf16"])
+def test_applying_a_plan_keeps_identity(choice: str) -> None:
+    model = gpt2()
+    structure, profile = fingerprint(model), probe_units(model)
+    applied = apply(model, Plan.uniform(model, choice))
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == structure
+    assert probe_units(model) == profile
+    applied.remove()
+    assert fingerprint(model) == structure
