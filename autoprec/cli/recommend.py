@@ -91,7 +91,7 @@ def command(
         console,
         reasons=document["reasons"],
         memory=document["memory"] if explain else {},
-        expected=document["expected"] if explain else {},
+        expected=document["expected"] if explain else {"matmul_speedup": document["expected"]["matmul_speedup"]},
     )
     print_paths(
         console, {"plan": str(path), "measure it": f"autoprec search {shlex.quote(model)} --mode {advice.plan.mode}"}

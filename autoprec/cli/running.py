@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprec.errors import AutoprecError
+from autoprec.errors import AutoprecError, DeviceError
 from autoprec.files import read_json
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ _RUN_NAME = re.compile(r"\d{8}-\d{6}-(?P<model>.+)")
 
 
 def build_workload(model: str, *, device: str, data: str | None = None, **options: Any) -> Workload:
-    """Return the workload of a model on a device; options left out (None) are chosen by the library.
-
-    For a catalogued device that is not here the workload is on the CPU, where its formats are emulated.
+    """Return the workload of a model on a device that is here; options left out (None) are chosen by the library.
 
     Raises:
         ModelError, DataError, DeviceError: the model, its data or the device cannot be used.
@@ -34,8 +32,12 @@ def build_workload(model: str, *, device: str, data: str | None = None, **option
     from autoprec.probe.workload import workload_from
 
     here, _ = resolve_device(device)
-    where = "cpu" if here is None else str(here)
-    return workload_from(model, data=Path(data) if data else None, device=where, **options)
+    if here is None:
+        raise DeviceError(
+            f"'{device}' is not here, and what is run must be run here. Use --device auto, or for a device that is "
+            f"not here: autoprec recommend {model} --device {device}"
+        )
+    return workload_from(model, data=Path(data) if data else None, device=str(here), **options)
 
 
 def slug(model: str) -> str:
@@ -56,13 +58,11 @@ def new_run(model: str) -> Path:
 
 def newest_run(model: str | None = None) -> Path | None:
     """Return the newest run folder here, of `model` if given; None where there is none."""
-    if not RUNS.is_dir():
-        return None
-    found = [
-        path
-        for path in RUNS.iterdir()
-        if path.is_dir() and _RUN_NAME.fullmatch(path.name) and (model is None or model_of_run(path) == model)
-    ]
+    found = []
+    for path in RUNS.iterdir() if RUNS.is_dir() else ():
+        match = _RUN_NAME.fullmatch(path.name)
+        if match and path.is_dir() and model in (None, model_of_run(path)):
+            found.append(path)
     return max(found, key=lambda path: path.name, default=None)
 
 

@@ -94,7 +94,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
             workload = build_workload(model, **{name: options[name] for name in _WORKLOAD})
             for note in workload.notes:
                 news.say(note)
-            news.say(f"Run folder {folder}; Ctrl-C keeps what was measured")
+            news.say(f"Measuring for {options['budget']}; Ctrl-C keeps what was measured, in {folder}")
             from autoprec.study.run import search
 
             result = search(
@@ -103,7 +103,6 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 trials=options["trials"],
                 max_drop=options["max_drop"],
                 space=options["space"],
-                device=options["device"],
                 storage=options["storage"],
                 seed=options["seed"],
                 out=folder,
@@ -114,7 +113,10 @@ def command(ctx: click.Context, /, **given: Any) -> None:
         where = stop.folder or str(folder)
         if isinstance(stop.result, SearchResult):
             _show(stop.result, Path(where), as_json=options["as_json"])
-        raise Interrupted(f"{stop}\nResume: {_resume_line(ctx, options, where)}", folder=where) from None
+        line = _resume_line(ctx, options, where)
+        raise Interrupted(
+            f"Interrupted; what was measured is in {where}. Go on with:\n  {line}", folder=where
+        ) from None
     _show(result, folder, as_json=options["as_json"])
 
 

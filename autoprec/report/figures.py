@@ -10,10 +10,10 @@ from autoprec.formats import Format, Fp8Family, layout
 from autoprec.records import Measurement, Origin
 
 __all__ = [
+    "bytes_text",
     "count_text",
     "drop_unit",
     "format_counts",
-    "gigabytes",
     "interval",
     "layout_text",
     "megabytes",
@@ -66,9 +66,9 @@ def megabytes(count: int | None) -> str:
     return "-" if count is None else number(count / 1e6)
 
 
-def gigabytes(count: int) -> str:
-    """Return bytes as gigabytes (10^9), with the unit."""
-    return f"{number(count / 1e9)} GB"
+def bytes_text(count: float) -> str:
+    """Return bytes with the unit, in GB (10^9) from one on, else in MB."""
+    return f"{number(count / 1e9)} GB" if count >= 1e9 else f"{number(count / 1e6)} MB"
 
 
 def count_text(count: int) -> str:

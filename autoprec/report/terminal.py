@@ -19,10 +19,10 @@ from autoprec.formats import Format
 from autoprec.plan import Figure, Plan, PlanUnit
 from autoprec.records import DeviceProfile, GemmRate, Measurement, ModelProfile, Origin, SearchResult, Unit
 from autoprec.report.figures import (
+    bytes_text,
     count_text,
     drop_unit,
     format_counts,
-    gigabytes,
     interval,
     layout_text,
     megabytes,
@@ -33,6 +33,7 @@ from autoprec.report.figures import (
 from autoprec.report.grouping import Run, runs, short_modules, span
 
 __all__ = [
+    "fact_lines",
     "measurement_line",
     "print_device",
     "print_facts",
@@ -124,7 +125,7 @@ def _device_facts(profile: DeviceProfile) -> str:
     if profile.compute_capability:
         facts.append("capability {}.{}".format(*profile.compute_capability))
     facts.append(f"{profile.threads} threads" if profile.threads else "")
-    facts.append(f"{gigabytes(profile.memory_bytes)} memory" if profile.memory_bytes else "")
+    facts.append(f"{bytes_text(profile.memory_bytes)} memory" if profile.memory_bytes else "")
     return ", ".join(f for f in facts if f)
 
 
@@ -208,15 +209,25 @@ def print_plan(console: Console, plan: Plan, *, every_unit: bool = False) -> Non
         else runs(plan.units, lambda u: u.name, lambda u: (u.role, u.format, u.reason))
     )
     rows = [[run.name, run.items[0].role.value, run.items[0].format.value, run.items[0].reason] for run in groups]
-    rows += [[_few(p.modules, 2), "pinned", "-", p.reason] for p in plan.pinned]
-    columns: list[tuple[str, Align]] = [("unit", "left"), ("role", "left"), ("format", "left"), ("why", "left")]
-    _print_table(console, columns, rows)
+    _print_reasoned(console, rows + [[_few(p.modules, 2), "pinned", "-", p.reason] for p in plan.pinned])
     print_facts(console, "Settings", _settings(plan))
     if plan.training_arguments:
         print_facts(console, "TrainingArguments", {k: repr(v) for k, v in plan.training_arguments.items()}, "=")
     evidence = _evidence(plan)
     if evidence:
         print_facts(console, "Evidence", evidence)
+
+
+def _print_reasoned(console: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Print rows that end in a reason; reasons too long for their column stand below, each once, by number."""
+    columns: list[tuple[str, Align]] = [("unit", "left"), ("role", "left"), ("format", "left"), ("why", "left")]
+    room = console.width - _INDENT - 6 - sum(max(cell_len(row[i]) for row in rows) for i in range(3))
+    reasons = list(dict.fromkeys(row[3] for row in rows))
+    if all(cell_len(reason) <= room for reason in reasons):
+        _print_table(console, columns, rows)
+        return
+    _print_table(console, columns, [[*row[:3], str(reasons.index(row[3]) + 1)] for row in rows])
+    _print_table(console, [("", "right"), ("", "left")], [(str(i + 1), reason) for i, reason in enumerate(reasons)])
 
 
 def _settings(plan: Plan) -> dict[str, str]:
@@ -251,33 +262,41 @@ def print_facts(console: Console, title: str, facts: Mapping[str, Any], joint: s
 
 
 def print_recommendation(
-    console: Console, *, reasons: Iterable[Any], memory: Mapping[str, Any], expected: Mapping[str, Any]
+    console: Console, *, reasons: Iterable[str], memory: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> None:
-    """Print what is said beside a recommended plan: reasons, and memory and expectations where given."""
-    lines = [reason if isinstance(reason, str) else _said(reason) for reason in reasons]
-    if lines:
-        _heading(console, "Reasons")
-    for line in lines:
-        _indented(console, f"- {line}")
-    for title, facts in (("Memory", memory), ("Expected", expected)):
-        if facts:
-            print_facts(console, title, {name.replace("_", " "): _fact(name, value) for name, value in facts.items()})
+    """Print what is said beside a recommended plan: reasons, and what memory and speed to expect where given."""
+    for title, lines in (
+        ("Reasons", list(reasons)),
+        ("Memory", fact_lines(memory)),
+        ("Expected", fact_lines(expected)),
+    ):
+        if lines:
+            _heading(console, title)
+            _print_table(console, [("", "left"), ("", "left")], [("-", line) for line in lines])
 
 
-def _said(reason: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in reason.items())
+def fact_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Return JSON facts as lines: names without underscores, bytes in MB or GB, estimates with interval and origin."""
+    return [f"{_name(key)}: {_fact(key, value)}" for key, value in facts.items() if value not in (None, [], {})]
 
 
-def _fact(name: str, value: Any) -> str:
-    """Return a named value as text: bytes in GB, estimates with their interval and origin."""
+def _name(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _fact(key: str, value: Any) -> str:
     if isinstance(value, Mapping) and {"value", "origin"} <= value.keys():
-        ci95 = value.get("ci95") or (value.get("low", value["value"]), value.get("high", value["value"]))
-        return f"{interval(value['value'], (ci95[0], ci95[1]))}{origin_note(Origin(value['origin']))}"
-    if name.endswith("bytes") and isinstance(value, int):
-        return gigabytes(value)
-    if isinstance(value, float):
-        return number(value)
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+        ci95 = (value["low"], value["high"]) if {"low", "high"} <= value.keys() else None
+        return f"{interval(value['value'], ci95)}{origin_note(Origin(value['origin']))}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_name(k)} {_fact(k, v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(_fact(key, item) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key.endswith("_bytes"):
+            return bytes_text(value)
+        return number(value) if isinstance(value, float) else str(value)
+    return str(value)
 
 
 # searches
