@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -159,11 +160,13 @@ def test_modules_are_shortened_under_their_parent() -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("name", PAGES)
-def test_pages_fit_any_width_and_lose_no_word(name: str, width: int) -> None:
-    narrow, wide = printed(PAGES[name], width), printed(PAGES[name], 400)
+def test_pages_fit_any_width_and_lose_no_letter(name: str, width: int) -> None:
+    # a reason that several units share is printed once where it is narrow, so here each has its own
+    units = tuple(replace(unit, reason=f"{unit.name} is so") for unit in samples.plan().units)
+    pages = PAGES | {"plan": lambda console: print_plan(console, replace(samples.plan(), units=units))}
+    narrow, wide = printed(pages[name], width), printed(pages[name], 400)
     assert max(map(len, narrow.splitlines())) <= width
-    # letters of all cells are there, whatever the order in which wrapping interleaves them
-    assert sorted(squeezed(narrow)) == sorted(squeezed(wide))
+    assert not Counter(squeezed(wide)) - Counter(squeezed(narrow))
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -17,7 +17,7 @@ from autoprec.cli.common import (
     quiet,
     result_console,
 )
-from autoprec.records import Mode
+from autoprec.records import Mode, Origin
 
 __all__ = ["command"]
 
@@ -93,6 +93,6 @@ def command(
         memory=document["memory"] if explain else {},
         expected=document["expected"] if explain else {"matmul_speedup": document["expected"]["matmul_speedup"]},
     )
-    print_paths(
-        console, {"plan": str(path), "measure it": f"autoprec search {shlex.quote(model)} --mode {advice.plan.mode}"}
-    )
+    print_paths(console, {"plan": str(path)})
+    if advice.plan.device.origin is Origin.MEASURED:
+        print_paths(console, {"measure it": f"autoprec search {shlex.quote(model)} --mode {advice.plan.mode}"})

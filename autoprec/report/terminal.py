@@ -209,7 +209,7 @@ def print_plan(console: Console, plan: Plan, *, every_unit: bool = False) -> Non
         else runs(plan.units, lambda u: u.name, lambda u: (u.role, u.format, u.reason))
     )
     rows = [[run.name, run.items[0].role.value, run.items[0].format.value, run.items[0].reason] for run in groups]
-    _print_reasoned(console, rows + [[_few(p.modules, 2), "pinned", "-", p.reason] for p in plan.pinned])
+    _print_reasoned(console, rows + [[_few(p.modules, 1), "pinned", "-", p.reason] for p in plan.pinned])
     print_facts(console, "Settings", _settings(plan))
     if plan.training_arguments:
         print_facts(console, "TrainingArguments", {k: repr(v) for k, v in plan.training_arguments.items()}, "=")
@@ -311,7 +311,7 @@ def print_result(console: Console, result: SearchResult) -> None:
     _heading(console, "Baselines")
     done = [m for m in result.baselines if m.step_ms is not None or m.drop is not None]
     if done:
-        _print_table(console, _columns(unit), [_row("", m) for m in done])
+        _print_table(console, _columns(unit)[1:], [_row("", m)[1:] for m in done])
     for stopped in result.baselines:
         if stopped.reason:
             _indented(console, f"{stopped.name}: {stopped.reason}")
