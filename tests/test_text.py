@@ -40,7 +40,7 @@ def test_reads_paragraphs_or_lines(tmp_path: Path) -> None:
     path.write_bytes("\ufeffone\r\ntwo\r\n\r\nthrée".encode())
     assert read_examples(path) == Examples(("one\ntwo", "thrée"), None, str(path), False)
     path.write_text("one\ntwo\n")
-    assert read_examples(path).texts == ("one", "two")
+    assert read_examples(path) == Examples(("one", "two"), None, str(path), False, "\n")
 
 
 def test_reads_jsonl(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,6 +42,8 @@ class Examples:
     labels: tuple[Label, ...] | None
     source: str
     shipped: bool
+    #: what stood between the texts
+    separator: str = "\n\n"
 
 
 def read_examples(path: Path | None) -> Examples:
@@ -54,13 +56,13 @@ def read_examples(path: Path | None) -> Examples:
         from autoprec.demo import text_path
 
         found = read_examples(Path(text_path()))
-        return Examples(found.texts, None, "the text that ships with autoprec", True)
+        return replace(found, source="the text that ships with autoprec", shipped=True)
     content = _read_text(path)
     if path.suffix.lower() in _SUFFIXES:
         return _parse_lines(path, content)
-    paragraphs = content.split("\n\n") if "\n\n" in content.strip() else content.splitlines()
-    texts = tuple(stripped for paragraph in paragraphs if (stripped := paragraph.strip()))
-    return Examples(texts, None, str(path), False)
+    separator = "\n\n" if "\n\n" in content.strip() else "\n"
+    texts = tuple(stripped for paragraph in content.split(separator) if (stripped := paragraph.strip()))
+    return Examples(texts, None, str(path), False, separator)
 
 
 def _read_text(path: Path) -> str:
@@ -128,7 +130,7 @@ def label_ids(examples: Examples, *, classes: int, names: Mapping[str, int]) -> 
                 f"it has {classes} ({known}). Use those names, or numbers from 0 to {classes - 1}."
             )
         found.append(value if classes == 1 else int(value))
-    return Examples(examples.texts, tuple(found), examples.source, examples.shipped)
+    return replace(examples, labels=tuple(found))
 
 
 def make_batches(
@@ -208,7 +210,7 @@ def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 def _windows(examples: Examples, tokenizer: Any, count: int, length: int) -> list[list[int]]:
     """Return `count` windows of `length` tokens, evenly spread over the text."""
-    text = "\n\n".join(examples.texts)
+    text = examples.separator.join(examples.texts)
     excerpt = length * _CHARACTERS_A_TOKEN
     if len(text) > 2 * count * excerpt:
         starts = [text.find(" ", index * len(text) // count) for index in range(count)]
