@@ -73,7 +73,8 @@ def compare(reference: Readout, plan: Readout) -> Comparison:
         chunk = _positions(
             reference.kind, reference.predictions[rows, columns], plan.predictions[rows, columns], labels
         )
-        np.add.at(sums, (slice(None), rows.cpu().numpy()), chunk)
+        for total, values in zip(sums, chunk, strict=True):
+            np.add.at(total, rows.cpu().numpy(), values)
     weight = reference.counted.sum(dim=1).double().cpu().numpy()
     return Comparison(
         drop=sums[0],

@@ -37,7 +37,7 @@ class Stepper:
     def __init__(self, workload: Workload, scaling: GradScalerSettings | None = None) -> None:
         self.workload = workload
         self.device = device_of(workload.model)
-        self.scaler = None
+        self.scaler: torch.amp.GradScaler | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaling = scaling
 
@@ -49,7 +49,7 @@ class Stepper:
         optimizer, scaler = self._training()
         optimizer.zero_grad(set_to_none=True)
         raw = self.workload.forward(batch)
-        scaler.scale(self.workload.training_loss(batch, raw)).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(self.workload.training_loss(batch, raw)).backward()
         scaler.step(optimizer)
         scaler.update()
         return raw

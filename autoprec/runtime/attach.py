@@ -201,7 +201,7 @@ def _devices(model: nn.Module) -> tuple[str, ...]:
 
 def _features(leaf: nn.Module) -> tuple[int, int]:
     """Return (outputs, inputs) of a linear leaf, whichever way round it stores its weight."""
-    rows, columns = leaf.weight.shape  # type: ignore[union-attr, misc]
+    rows, columns = leaf.weight.shape  # type: ignore[misc]
     return (rows, columns) if isinstance(leaf, nn.Linear) else (columns, rows)
 
 

@@ -128,28 +128,30 @@ def enter_scope(
 
 def leave_scope(module: nn.Module) -> None:
     """Undo all `enter_scope` of `module`."""
-    while isinstance(module, Scope):
-        module.__class__ = cast(type[nn.Module], type(module)._autoprec_base)
+    while issubclass(scoped := type(module), Scope):
+        module.__class__ = scoped._autoprec_base
     for name in [n for n in module.__dict__ if n.startswith("_autoprec_")]:
         del module.__dict__[name]
 
 
-@functools.cache
+#: the subclasses made so far: equal modules must share one class, or compiled code would not be shared
+_SCOPED: dict[tuple[type[Scope], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _scoped(kind: type[Scope], base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base` that runs in `kind`; it keeps the name, which savers write into files."""
+    if (kind, base) in _SCOPED:
+        return _SCOPED[kind, base]
     original = base.forward
 
     @functools.wraps(original)  # keeps the signature, by which trainers choose a batch's columns
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return kind.run(self, original, args, kwargs)
 
-    body = {
-        "forward": forward,
-        "_autoprec_base": base,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-    }
-    return cast(type[nn.Module], type(base.__name__, (kind, base), body))
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    body = {"forward": forward, "_autoprec_base": base, **names}
+    made = cast("type[nn.Module]", type(base.__name__, (kind, base), body))
+    return _SCOPED.setdefault((kind, base), made)
 
 
 def _layers(scoped: type) -> tuple[tuple[type[Scope], ...], type]:

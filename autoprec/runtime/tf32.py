@@ -10,6 +10,9 @@ import torch
 
 __all__ = ["tf32_set"]
 
+#: torch makes these switches attributes at run time, which no type checker sees
+backends: Any = torch.backends
+
 
 @contextlib.contextmanager
 def tf32_set(on: bool, device_type: str) -> Iterator[None]:
@@ -23,7 +26,7 @@ def tf32_set(on: bool, device_type: str) -> Iterator[None]:
     try:
         for switch in _switches() if device_type == "cuda" else ():
             before = switch.fp32_precision
-            effective = torch.backends.fp32_precision if before == "none" else before
+            effective = backends.fp32_precision if before == "none" else before
             if (effective == "tf32") != on:
                 switch.fp32_precision = wanted
                 changed.append((switch, before))
@@ -34,4 +37,4 @@ def tf32_set(on: bool, device_type: str) -> Iterator[None]:
 
 
 def _switches() -> tuple[Any, ...]:
-    return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn

@@ -174,17 +174,18 @@ class _Run:
         profile = probe_units(self.workload.model, model_id=self.workload.model_id)
         self.space = build_space(space, profile, self.device)
         self.profile = self.space.profile
-        plan = recommend_plan(profile, self.device, mode=self.workload.mode, **self._sizes())
+        rows, positions = self._sizes()
+        plan = recommend_plan(profile, self.device, mode=self.workload.mode, batch_size=rows, seq_len=positions)
         self.recommended = plan if self.profile is profile else None
         self.all_baselines = baselines(self.profile, self.device, self.workload.mode)
 
-    def _sizes(self) -> dict[str, int]:
+    def _sizes(self) -> tuple[int, int]:
         """Return batch size and sequence length as the recommender asks for them."""
         batch = self.workload.batches[0]
         tokens = max(1, self.workload.tokens(batch))
         first = next((v for v in batch.values() if hasattr(v, "shape")), None) if isinstance(batch, dict) else None
         rows = int(first.shape[0]) if first is not None and first.dim() > 0 else 1
-        return {"batch_size": rows, "seq_len": max(1, tokens // rows)}
+        return rows, max(1, tokens // rows)
 
     def _check_budget(self) -> None:
         """Time one reference step and refuse a budget that cannot hold the baselines, before anything is written."""
