@@ -33,6 +33,10 @@ def llama() -> nn.Module:
     return cast(nn.Module, LlamaForCausalLM(config))
 
 
+def head_weight(model: nn.Module) -> Tensor:
+    return cast(Tensor, model.get_submodule("lm_head").weight)
+
+
 def batches(count: int = 3) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     found = []
@@ -149,7 +153,7 @@ def test_overflow_is_said_and_leaves_the_model_whole() -> None:
     """Weights that push FP16 over 65504 while FP32 stays finite."""
     model = llama()
     with torch.no_grad():
-        model.get_submodule("lm_head").weight.mul_(1e6)  # type: ignore[union-attr, operator]
+        head_weight(model).mul_(1e6)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     workload = Workload(model, batches(), mode="infer")
     found = quick(workload, Plan.uniform(model, "fp16"))
@@ -161,7 +165,7 @@ def test_overflow_is_said_and_leaves_the_model_whole() -> None:
 def test_a_reference_that_is_not_finite_is_an_error() -> None:
     model = llama()
     with torch.no_grad():
-        model.get_submodule("lm_head").weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
+        head_weight(model)[0, 0] = torch.nan
     with pytest.raises(MeasurementError, match="reference's output is not finite on batch 0"):
         quick(Workload(model, batches(), mode="infer"), Plan.uniform(model, "bf16"))
     assert not any(isinstance(m, Scope) for m in model.modules())
