@@ -189,9 +189,11 @@ def _resume_line(ctx: click.Context, options: dict[str, Any], folder: str) -> st
     """Return the command that goes on with this search: what was typed, with --resume and the folder."""
     words = ["autoprec", "search", options["model"]]
     for parameter in ctx.command.params:
-        name = parameter.name or ""
+        name, flag = parameter.name or "", parameter.opts[-1]
+        value = options.get(name)
         typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if name in ("model", "resume", "out") or not (typed or options[name] != parameter.get_default(ctx)):
+        if name in ("model", "resume", "out") or value is None or value is False:
             continue
-        words += [parameter.opts[-1]] if options[name] is True else [parameter.opts[-1], str(options[name])]
+        if typed or value != parameter.get_default(ctx):
+            words += [flag] if value is True else [flag, str(value)]
     return shlex.join([*words, "--resume", "--out", folder])
