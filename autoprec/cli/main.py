@@ -85,7 +85,9 @@ def _forgive_encodings() -> None:
             stream.reconfigure(errors="replace")
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.group(
+    "autoprec", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80}
+)
 @click.version_option(__version__, prog_name="autoprec")
 def main() -> None:
     """Find the number format each layer of a transformer should compute in.

@@ -62,7 +62,7 @@ _WORKLOAD = (
     metavar="NAME|FILE",
     default="default",
     show_default=True,
-    help="What may be chosen: default, roles, modules, or a TOML file.",
+    help="What may be chosen: default, blocks, roles, modules, or a TOML file.",
 )
 @click.option("--storage", metavar="URL", show_default="a journal in the run folder", help="Optuna storage.")
 @click.option("--resume", is_flag=True, help="Go on with --out, or with the model's newest run here.")
