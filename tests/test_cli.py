@@ -363,7 +363,9 @@ def test_show_refuses_what_it_cannot_read(here: Path, content: str, wanted: str)
 
 def test_show_an_empty_folder_says_how_to_go_on(here: Path) -> None:
     Path("run").mkdir()
-    assert_failed(autoprec_run("show", "run"), 1, "autoprec search --resume --out run")
+    assert_failed(autoprec_run("show", "run"), 1, "autoprec search MODEL --resume --out run")
+    write_json("run/units.json", {"model_id": "org/a"})
+    assert_failed(autoprec_run("show", "run"), 1, "autoprec search org/a --resume --out run")
 
 
 # export
@@ -500,6 +502,9 @@ def test_resume_goes_on_in_the_newest_run_of_the_model(asked: dict[str, Any]) ->
     run_folder("20250301-000000-b", "org/b")
     autoprec_run("search", "org/a", "--resume")
     assert (asked["out"], asked["resume"]) == (mine, True)
+    result = autoprec_run("search", "--resume", "--out", str(mine))
+    assert (asked["model"], asked["out"]) == ("org/a", mine)
+    assert "Searching org/a, the model of autoprec-runs/20250101-000000-a" in result.stderr
     assert newest_run("org/none") is None
     autoprec_run("search", "org/none", "--resume")
     assert asked["out"].name.endswith("-none")  # nothing to resume: it starts

@@ -124,6 +124,9 @@ def _settled(ctx: click.Context, given: dict[str, Any]) -> dict[str, Any]:
     """Return all options with the model decided, and under `said` where it came from."""
     if given["model"] is not None:
         return given | {"said": ""}
+    resumed = model_of_run(Path(given["out"])) if given["resume"] and given["out"] else None
+    if resumed is not None:
+        return given | {"model": resumed, "said": f"Searching {resumed}, the model of {given['out']}"}
     settings = read_settings()
     if settings is not None:
         given = given | _from_settings(ctx, settings)

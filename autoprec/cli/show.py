@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from autoprec.cli.common import json_option, print_json, result_console
+from autoprec.cli.running import model_of_run
 from autoprec.errors import AutoprecError, PlanError, StudyError
 from autoprec.files import as_json as plain_data
 from autoprec.files import from_json, read_json
@@ -55,8 +56,8 @@ def _file_of(path: Path) -> Path:
         if (path / name).exists():
             return path / name
     raise StudyError(
-        f"{path} holds no result.json and no plan.json: no run folder, or a search that has not measured its "
-        f"baselines yet. Go on with it: autoprec search --resume --out {path}"
+        f"{path} holds no result.json and no plan.json: it is no run folder, or its search is still running or was "
+        f"killed. Go on with a killed one: autoprec search {model_of_run(path) or 'MODEL'} --resume --out {path}"
     )
 
 
