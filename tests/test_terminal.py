@@ -235,6 +235,7 @@ def test_result_page() -> None:
     text = printed(PAGES["result"], 160)
     assert_says(text, "Search of org/tiny-llama", "limit 0.25%")
     assert_says(text, "reference: reference, 19.90 ±0.40 ms a step, peak 123 MB")
+    assert_says(text, "beats one of these in both drop and step (14 trials, 1m58s)")
     assert_says(text, "drop, nats", "step, ms", "peak, MB")
     assert_says(text, "1 uniform bf16 0.00417 ±0.00042 0.104 12.30 ±0.25 1.620x ±0.032 123 bf16 6 fp32 2")
     assert_says(text, ">2 trial 14 0.000862 ±0.000086 (emulated)", "> 2 is the chosen plan")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Run", "runs", "short_modules", "span"]
+__all__ = ["Run", "few", "runs", "short_modules", "span"]
 
 T = TypeVar("T")
 _INTEGER = re.compile(r"\d+")
@@ -65,3 +65,9 @@ def short_modules(modules: Sequence[str], most: int = 6) -> str:
     more = f" and {len(modules) - most} more" if len(modules) > most else ""
     parent = ".".join(parts[0][:shared])
     return f"{parent}{': ' if parent else ''}{tails}{more}"
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

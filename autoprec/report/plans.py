@@ -1,0 +1,117 @@
+"""Pages of a plan, and of what is said beside a recommended one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+
+from autoprec.plan import Figure, Plan, PlanUnit
+from autoprec.records import Origin
+from autoprec.report.figures import bytes_text, format_counts, interval, megabytes, number, origin_note
+from autoprec.report.grouping import Run, few, runs
+from autoprec.report.layout import INDENT, Column, print_facts, print_heading, print_table
+
+__all__ = ["fact_lines", "print_plan", "print_recommendation"]
+
+
+def print_plan(console: Console, plan: Plan, *, every_unit: bool = False) -> None:
+    """Print a plan: units with reasons (`every_unit`: ungrouped), settings, training arguments and evidence."""
+    origin = "" if plan.device.name == "any" else origin_note(plan.device.origin)
+    where = "any device" if plan.device.name == "any" else f"{plan.device.name}{origin}"
+    print_heading(console, f"Plan for {plan.model.id}", f"{plan.model.class_name}, {plan.mode}, on {where}")
+    groups: list[Run[PlanUnit]] = (
+        [Run(u.name, (u,)) for u in plan.units]
+        if every_unit
+        else runs(plan.units, lambda u: u.name, lambda u: (u.role, u.format, u.reason))
+    )
+    rows = [[run.name, run.items[0].role.value, run.items[0].format.value, run.items[0].reason] for run in groups]
+    _print_reasoned(console, rows + [[few(p.modules, 1), "pinned", "-", p.reason] for p in plan.pinned])
+    print_facts(console, "Settings", _settings(plan))
+    if plan.training_arguments:
+        print_facts(console, "TrainingArguments", {k: repr(v) for k, v in plan.training_arguments.items()}, "=")
+    evidence = _evidence(plan)
+    if evidence:
+        print_facts(console, "Evidence", evidence)
+
+
+def _print_reasoned(console: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Print rows that end in a reason; reasons too long for their column stand below, each once, by number."""
+    columns: list[Column] = [
+        ("unit", "left"),
+        ("role", "left"),
+        ("format", "left"),
+        ("why", "left"),
+    ]
+    room = console.width - INDENT - 6 - sum(max(cell_len(row[i]) for row in rows) for i in range(3))
+    reasons = list(dict.fromkeys(row[3] for row in rows))
+    if all(cell_len(reason) <= room for reason in reasons):
+        print_table(console, columns, rows)
+        return
+    print_table(console, columns, [[*row[:3], str(reasons.index(row[3]) + 1)] for row in rows])
+    print_table(console, [("", "right"), ("", "left")], [(str(i + 1), reason) for i, reason in enumerate(reasons)])
+
+
+def _settings(plan: Plan) -> dict[str, str]:
+    scaler = plan.grad_scaler
+    settings = {
+        "formats": format_counts(plan.assignment),
+        "ambient": str(plan.ambient),
+        "stream": str(plan.stream),
+        "tf32": "on" if plan.tf32 else "off",
+        "gradient scaler": f"starts at {scaler.init_scale:g}" if scaler else "none",
+    }
+    return settings | ({"fp8 recipe": str(plan.fp8_recipe)} if plan.fp8_recipe else {})
+
+
+def _evidence(plan: Plan) -> dict[str, str]:
+    known = plan.evidence
+    figures = {"drop": known.drop, "step": known.step_ms, "speedup": known.speedup, "peak": known.peak_bytes}
+    return {name: _figure(figure) for name, figure in figures.items() if figure is not None}
+
+
+def _figure(figure: Figure) -> str:
+    if figure.unit == "bytes":
+        return f"{megabytes(round(figure.value))} MB{origin_note(figure.origin)}"
+    text = interval(figure.value, figure.ci95)
+    return f"{text} {figure.unit}{origin_note(figure.origin)}"
+
+
+def print_recommendation(
+    console: Console, *, reasons: Iterable[str], memory: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Print what is said beside a recommended plan: reasons, and what memory and speed to expect where given."""
+    for title, lines in (
+        ("Reasons", list(reasons)),
+        ("Memory", fact_lines(memory)),
+        ("Expected", fact_lines(expected)),
+    ):
+        if lines:
+            print_heading(console, title)
+            print_table(console, [("", "left"), ("", "left")], [("-", line) for line in lines])
+
+
+def fact_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Return JSON facts as lines: names without underscores, bytes in MB or GB, estimates with interval and origin."""
+    return [f"{_name(key)}: {_fact(key, value)}" for key, value in facts.items() if value not in (None, [], {})]
+
+
+def _name(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, Mapping) and {"value", "origin"} <= value.keys():
+        ci95 = (value["low"], value["high"]) if {"low", "high"} <= value.keys() else None
+        return f"{interval(value['value'], ci95)}{origin_note(Origin(value['origin']))}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_name(k)} {_fact(k, v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(_fact(key, item) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key.endswith("_bytes"):
+            return bytes_text(value)
+        return number(value) if isinstance(value, float) else str(value)
+    return str(value)
