@@ -45,9 +45,8 @@ def print_result(console: Console, result: SearchResult) -> None:
     for stopped in result.baselines:
         if stopped.reason:
             print_line(console, f"{stopped.name}: {stopped.reason}")
-    print_heading(
-        console, "Front", f"{len(result.front)} of {result.evaluations} measured, none beaten in drop and step"
-    )
+    length = f"{result.trials} trials, {duration_text(result.seconds)}"
+    print_heading(console, "Front", f"no plan measured beats one of these in both drop and step ({length})")
     rows = [_row(f"{'>' if i == result.chosen else ' '}{i + 1}", m) for i, m in enumerate(result.front)]
     print_table(console, _columns(unit), rows, marked=result.chosen)
     if result.chosen is not None:
