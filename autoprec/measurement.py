@@ -7,8 +7,9 @@ and, in train mode, the error of the gradient. The model is given back as it was
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,7 +67,7 @@ class _Timing:
         device, results = device_of(handle.model), [None, None]
         for side in (0, 1) if len(self.plan_s) % 2 == 0 else (1, 0):
             if side == 0:
-                with handle.suspended():
+                with _as_reference(handle):
                     seconds, results[0] = timed(device, reference)
                 self.reference_s.append(seconds)
             else:
@@ -94,7 +95,7 @@ def measure(workload: Workload, plan: Plan, emulate: bool = False, device: str =
 
     Raises:
         PlanError, DeviceError: as `autoprec.apply`.
-        MeasurementError: the reference's output is not finite.
+        MeasurementError: the reference cannot be run, or its output is not finite.
     """
     if device != "auto":
         workload = _moved(workload, torch.device(device))
@@ -102,7 +103,55 @@ def measure(workload: Workload, plan: Plan, emulate: bool = False, device: str =
 
 
 def evaluate(request: Request) -> Measurement:
-    """Carry out one request; a plan whose output is not finite, or that is stopped, says so in `reason`."""
+    """Carry out one request; a plan that cannot be run to its end, is stopped or overflows says so in `reason`.
+
+    Raises:
+        MeasurementError: the reference cannot be run, its output is not finite, or the device has failed.
+    """
+    try:
+        return _evaluate(request)
+    except torch.AcceleratorError as error:  # nothing can run on the device from here on, in this process
+        raise MeasurementError(
+            f"the device failed while measuring {request.name}: {_first_line(error)}. Start again in a new process; "
+            "a search goes on with --resume."
+        ) from error
+    except RuntimeError as error:
+        reason = _first_line(error)
+        if _out_of_memory(error):
+            reason = f"out of memory: {reason}"
+    gc.collect()  # what the failed step held
+    if device_of(request.workload.model).type != "cpu":
+        torch.accelerator.empty_cache()
+    return _stopped(request, reason)
+
+
+@contextmanager
+def _as_reference(handle: Applied) -> Iterator[None]:
+    """Run a block without the plan; a fault in it is not the plan's, save that memory may lack because of it.
+
+    Raises:
+        MeasurementError: the reference cannot be run.
+    """
+    with handle.suspended():
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError) or _out_of_memory(error):
+                raise
+            raise MeasurementError(
+                f"the FP32 reference cannot be run: {_first_line(error)}. Check that the model takes these batches."
+            ) from error
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _evaluate(request: Request) -> Measurement:
     workload, plan = request.workload, request.plan
     device = device_of(workload.model)
     training = workload.mode is Mode.TRAIN
@@ -169,7 +218,7 @@ def _gradient_error(request: Request, handle: Applied) -> _GradientError:
     between = 0.0
     batches = workload.batches[: request.gradient_batches]
     for batch in batches:
-        with handle.suspended():
+        with _as_reference(handle):
             reference = gradients(workload, batch)
         found = gradients(workload, batch, request.plan.grad_scaler)
         error += _squared_distance(found, reference)
@@ -217,7 +266,7 @@ def _first_ratio(request: Request, handle: Applied, batch: Batch) -> float:
     """Return the plan's step time over the reference's, each the smaller of two unless the first was long already."""
     device, sides = device_of(handle.model), []
     for stepper, pause in (
-        (Stepper(request.workload), handle.suspended()),
+        (Stepper(request.workload), _as_reference(handle)),
         (Stepper(request.workload, request.plan.grad_scaler), nullcontext()),
     ):
         with pause:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from autoprec.formats import Format
 from autoprec.plan import Plan
 from autoprec.records import DeviceProfile, Mode, ModelProfile, Role, Support
+from autoprec.study.space import fp8_fault
 
 __all__ = ["Baseline", "baselines", "role_seeds"]
 
@@ -32,8 +34,8 @@ def baselines(profile: ModelProfile, device: DeviceProfile, mode: Mode) -> list[
         found.append(Baseline("cast bf16", Plan.cast(profile, Format.BF16, **options)))
     if device.supports(Format.FP8) is Support.NATIVE:
         low = Plan.uniform(profile, Format.FP8, **options)
-        high = {name: low.ambient for name in _edges(profile)}
-        found.append(Baseline("fp8 with high edges", low.replace(high)))
+        high = low.replace({name: low.ambient for name in _edges(profile)})
+        found.append(_runnable("fp8 with high edges", high, profile))
     return found
 
 
@@ -42,7 +44,14 @@ def _uniform(choice: Format, profile: ModelProfile, device: DeviceProfile, mode:
     known = device.formats.get(choice)
     if device.supports(choice) is Support.ABSENT:
         return Baseline(name, None, f"{device.name} cannot run {choice}" + (f": {known.reason}" if known else ""))
-    return Baseline(name, Plan.uniform(profile, choice, device=device, mode=mode))
+    return _runnable(name, Plan.uniform(profile, choice, device=device, mode=mode), profile)
+
+
+def _runnable(name: str, plan: Plan, profile: ModelProfile) -> Baseline:
+    """Return the baseline, without its plan where a leaf's shape has no FP8 kernel."""
+    low = (u for u in profile.units if plan.unit(u.name).format is Format.FP8)
+    fault = next(filter(None, (fp8_fault(unit, profile) for unit in low)), None)
+    return Baseline(name, None if fault else plan, fault)
 
 
 def _tf32(profile: ModelProfile, device: DeviceProfile, mode: Mode) -> Baseline:
@@ -53,9 +62,16 @@ def _tf32(profile: ModelProfile, device: DeviceProfile, mode: Mode) -> Baseline:
 
 def _edges(profile: ModelProfile) -> list[str]:
     """Return the units of the first and last block and the head, which FP8 recipes keep high."""
-    inner = [u for u in profile.units if u.role in (Role.ATTENTION, Role.FFN)]
-    heads = [u.name for u in profile.units if u.role in (Role.LM_HEAD, Role.OTHER)]
-    return [u.name for u in (*inner[:2], *inner[-2:])] + heads
+    blocks = [name for u in profile.units if (name := _block(u.name))]
+    ends = {blocks[0], blocks[-1]} if blocks else set()
+    heads = (Role.LM_HEAD, Role.OTHER)
+    return [u.name for u in profile.units if (_block(u.name) in ends or u.role in heads) and Format.FP8 in u.formats]
+
+
+def _block(unit: str) -> str:
+    """Return the part of a unit's name that names its block, such as `decoder.blocks.3`; '' outside blocks."""
+    found = re.match(r"(?:.*\.)?blocks\.\d+(?=\.)", unit)
+    return found[0] if found else ""
 
 
 def role_seeds(profile: ModelProfile, ambient: Format) -> list[dict[str, Format]]:

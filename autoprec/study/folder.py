@@ -7,14 +7,16 @@ journal is opened, under a lock of our own that the kernel drops with its proces
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import fcntl
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
@@ -25,7 +27,20 @@ from autoprec.errors import StudyError
 from autoprec.files import write_atomic, write_json
 from autoprec.records import Measurement
 
-__all__ = ["RunFolder", "fail_dead_trials", "trials_csv"]
+__all__ = ["Row", "RunFolder", "fail_dead_trials", "trials_csv"]
+
+
+class Row(NamedTuple):
+    """One measurement of a search; baselines have no trial number."""
+
+    trial: int | None
+    state: str
+    measurement: Measurement
+
+
+#: what a search writes before its first measurement, and after it
+_EARLY = {"run.lock", "device.json", "units.json", "study.journal"}
+_LATE = {"trials.csv", "result.json", "plan.json"}
 
 
 class RunFolder:
@@ -33,31 +48,41 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.created = not path.exists()
+        self._missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self._fresh = True
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._fresh = {p.name for p in self.path.iterdir()} <= {"run.lock"}
             self._lock = (self.path / "run.lock").open("a+")
         except OSError as error:
             raise StudyError(
                 f"cannot use run folder {self.path}: {error.strerror}. Choose another with --out."
             ) from None
+        self._take(self._lock)
+        return self
+
+    def _take(self, lock: IO[str]) -> None:
+        """Lock the folder and leave our process id in the lock file, for the message others get."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except OSError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            lock.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise StudyError(
+                    f"cannot lock run folder {self.path}: {error.strerror}. Choose another with --out."
+                ) from None
             raise StudyError(
                 f"run folder {self.path} is in use by another search (process {owner}). "
                 "Wait for it, stop it, or choose another folder with --out."
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -72,8 +97,9 @@ class RunFolder:
         return self.path / "study.journal"
 
     def has_study(self) -> bool:
-        """Say whether a search was begun here."""
-        return self.journal.exists() and self.journal.stat().st_size > 0
+        """Say whether a search was begun here, wherever it keeps its study."""
+        begun = self.journal.exists() and self.journal.stat().st_size > 0
+        return begun or any((self.path / name).exists() for name in ("trials.csv", "result.json"))
 
     def open_storage(self) -> BaseStorage:
         """Mend and open the journal.
@@ -81,9 +107,12 @@ class RunFolder:
         Raises:
             StudyError: the journal is damaged in the middle, which no crash of ours leaves.
         """
-        _mend(self.journal)
         try:
-            return JournalStorage(JournalFileBackend(str(self.journal)))
+            _mend(self.journal)
+            # absolute: the journal's lock is a symbolic link to it, which must not dangle (Optuna would wait for ever)
+            return JournalStorage(JournalFileBackend(os.path.abspath(self.journal)))
+        except OSError as error:
+            raise StudyError(f"journal {self.journal} cannot be used: {error.strerror}.") from None
         except (ValueError, KeyError) as error:
             raise StudyError(
                 f"journal {self.journal} is damaged ({error}). Start anew in another folder with --out."
@@ -96,17 +125,25 @@ class RunFolder:
         return path
 
     def discard_if_new(self) -> None:
-        """Remove the folder again if this search made it and nothing but its lock is in it."""
-        left = {p.name for p in self.path.iterdir()}
-        if self.created and left <= {"run.lock"}:
-            (self.path / "run.lock").unlink(missing_ok=True)
-            self.path.rmdir()
+        """Leave nothing behind of a search that measured nothing: its early files, and the folders it made for them.
+
+        A folder that held a search, or in which anything else lies, is left as it is.
+        """
+        if not (self._fresh and {p.name for p in self.path.iterdir()} <= _EARLY):
+            return
+        for name in _EARLY:
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another search may have begun beside this one
+            for folder in self._missing:
+                folder.rmdir()
 
 
 def _mend(journal: Path) -> None:
-    """Cut off a torn last line and remove a dead process's lock; the run lock says that nobody else is here."""
-    for lock in journal.parent.glob(f"{journal.name}.lock*"):
-        lock.unlink()
+    """Cut off a torn last line, and remove a dead process's leavings; the run lock says that nobody else is here."""
+    patterns = [f"{journal.name}.lock*", *(f".{name}.*.tmp" for name in _EARLY | _LATE)]
+    for pattern in patterns:
+        for left in journal.parent.glob(pattern):
+            left.unlink()
     if not journal.exists():
         return
     with journal.open("rb+") as file:
@@ -117,13 +154,16 @@ def _mend(journal: Path) -> None:
 
 
 def fail_dead_trials(study: optuna.Study) -> None:
-    """Mark trials that a dead process left running as failed, so that nothing waits for them."""
+    """Mark trials that a dead process left running as failed, and ask once more for what they were to measure."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
+        # only once: what kills the process (a lack of memory) must not do so at every resume
+        if trial.params and not {"measurement", "again"} & set(trial.user_attrs):
+            study.enqueue_trial(trial.params, user_attrs={**trial.user_attrs, "again": True})
 
 
-def trials_csv(path: Path, rows: Sequence[tuple[int | None, str, Measurement]]) -> None:
-    """Write `trials.csv`: one row a measurement; baselines outside the space have no trial number and say so."""
+def trials_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write `trials.csv`: one row a measurement; baselines have no trial number, and their name as the reason."""
     units = list(dict.fromkeys(name for _, _, m in rows for name in m.assignment))
     text = io.StringIO()
     writer = csv.writer(text)

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 from autoprec.catalog import search_space_file
 from autoprec.errors import StudyError
 from autoprec.files import from_json
-from autoprec.formats import Format
+from autoprec.formats import Format, Fp8Recipe
 from autoprec.plan import Plan
 from autoprec.records import DeviceProfile, ModelProfile, Removal, Role, Support, Unit
 from autoprec.runtime.fp8 import fp8_misaligned
 
-__all__ = ["Decision", "Grouping", "SearchSpace", "build_space", "split_units"]
+__all__ = ["Decision", "Grouping", "SearchSpace", "build_space", "describe", "fp8_fault", "split_units"]
 
 
 class Grouping(StrEnum):
@@ -87,6 +87,7 @@ class SearchSpace:
     def of_plan(self, plan: Plan) -> dict[str, str] | None:
         """Return the choices that give a plan, or None where it has other surroundings or units."""
         same = plan.ambient is self.ambient and plan.stream is Format.FP32 and not plan.tf32
+        same = same and plan.fp8_recipe in (None, Fp8Recipe.TENSORWISE)
         return self.choices(plan.assignment) if same else None
 
 
@@ -155,10 +156,14 @@ def _removal_reason(unit: Unit, choice: Format, profile: ModelProfile, device: D
     if choice is not Format.FP32 and device.supports(choice) is not Support.NATIVE:
         known = device.formats.get(choice)
         return f"{device.name} has no native {choice}" + (f": {known.reason}" if known else "")
-    if choice is Format.FP8:
-        for leaf in profile.leaves:
-            if leaf.module in unit.modules and (wrong := fp8_misaligned(leaf.inputs, leaf.outputs)):
-                return f"{leaf.module}: {wrong}"
+    return fp8_fault(unit, profile) if choice is Format.FP8 else None
+
+
+def fp8_fault(unit: Unit, profile: ModelProfile) -> str | None:
+    """Return why some leaf of a unit has no FP8 kernel, or None if all have."""
+    for leaf in profile.leaves:
+        if leaf.module in unit.modules and (wrong := fp8_misaligned(leaf.inputs, leaf.outputs)):
+            return f"{leaf.module}: {wrong}"
     return None
 
 
@@ -178,7 +183,7 @@ def _decisions(
 
 
 def split_units(profile: ModelProfile) -> ModelProfile:
-    """Return the profile with each attention and FFN unit cut in two: its last leaf writes to the stream, the rest read.
+    """Return the profile with each attention and FFN unit cut in two: its last leaf writes the stream, the rest read.
 
     `block.attention` becomes `block.attention.in` (q, k, v) and `block.attention.out`. The parts may differ in
     format; the scaled dot product then follows the part `in` where a module holds that part alone, else the ambient.
@@ -194,6 +199,6 @@ def split_units(profile: ModelProfile) -> ModelProfile:
 
 
 def describe(space: SearchSpace) -> dict[str, Any]:
-    """Return what identifies a space across runs: decisions with their formats, ambient, and the model."""
-    decisions = {d.name: [str(f) for f in d.formats] for d in space.decisions}
-    return {"decisions": decisions, "ambient": str(space.ambient), "fingerprint": space.profile.fingerprint}
+    """Return what identifies a space across runs: decisions with their units and formats, and the ambient."""
+    decisions = {d.name: [list(d.units), [str(f) for f in d.formats]] for d in space.decisions}
+    return {"decisions": decisions, "ambient": str(space.ambient)}

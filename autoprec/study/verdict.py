@@ -12,6 +12,8 @@ __all__ = ["best_uniform", "choose", "decide"]
 
 #: two step times whose ratio is within this count as the same (design of the figures: shared machines are noisy)
 _SAME = 1.02
+#: the baseline that is the reference itself; its speedup is noise, whatever its interval says
+_REFERENCE = "uniform fp32"
 
 
 def best_uniform(baselines: Sequence[Measurement], limit: DropLimit) -> Measurement | None:
@@ -26,7 +28,7 @@ def choose(front: Sequence[Measurement], baselines: Collection[str], limit: Drop
     The fastest within the limit; but a baseline of the front whose time is the same is taken instead, because it
     needs no plan file to follow.
     """
-    usable = [i for i, m in enumerate(front) if _within(m, limit) and _beats_reference(m)]
+    usable = [i for i, m in enumerate(front) if _within(m, limit) and _beats_reference(m) and m.name != _REFERENCE]
     if not usable:
         return None
     fastest = min(usable, key=lambda i: _step(front[i]))
@@ -56,7 +58,7 @@ def decide(
     if best.name in {m.name for m in baselines}:
         return Verdict(
             decision=VerdictDecision.USE_UNIFORM,
-            text=f"Use {best.name}: {figures}. No per-layer plan measured is faster by more than noise within the limit.",
+            text=f"Use {best.name}: {figures}. No per-layer plan within the limit is faster by more than noise.",
             best_uniform=named,
             break_even_hours=None,
         )

@@ -1,0 +1,91 @@
+"""The wall clock of a search, and what its measurements are expected to take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from autoprec.errors import MeasurementError, StudyError
+from autoprec.probe.readout import ReadoutKind
+from autoprec.probe.steps import Stepper, device_of, kept_state, plain_fp32, timed
+from autoprec.probe.workload import Workload
+from autoprec.quantities import duration_text
+from autoprec.records import Mode
+
+__all__ = ["Budget", "FirstLook", "first_look"]
+
+
+class Budget:
+    """A budget of wall-clock seconds that runs from `started` (as `time.monotonic` counts)."""
+
+    def __init__(self, seconds: float, started: float) -> None:
+        self.seconds, self.started = seconds, started
+        #: what a measurement is expected to take, learnt from the last one
+        self.each_seconds = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end; 0 after it."""
+        return max(0.0, self.seconds - self.elapsed)
+
+    def has_time(self) -> bool:
+        """Say whether another measurement is expected to end within the budget."""
+        return self.elapsed + self.each_seconds <= self.seconds
+
+    def expect(self, look: FirstLook, measurements: int) -> None:
+        """Learn from a first look what a measurement takes, and refuse a budget that cannot hold `measurements`.
+
+        Raises:
+            StudyError: what it would take, and what to try.
+        """
+        self.each_seconds = look.measurement_seconds
+        need = self.elapsed + measurements * self.each_seconds
+        if need > self.seconds:
+            raise StudyError(
+                f"a budget of {duration_text(self.seconds)} is too short: the baselines alone take about "
+                f"{duration_text(need)} (a reference step takes {look.step_seconds * 1e3:.0f} ms). Try --budget "
+                f"{duration_text(2 * need)}, or fewer --batches, a smaller --batch-size or --seq-len."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstLook:
+    """What one reference step took, what a measurement made of such steps will take, and what the model puts out."""
+
+    step_seconds: float
+    measurement_seconds: float
+    kind: ReadoutKind
+
+
+def first_look(workload: Workload) -> FirstLook:
+    """Run the reference a few times; the model is left as it was.
+
+    Raises:
+        MeasurementError: the reference cannot be run.
+    """
+    stepper, device = Stepper(workload), device_of(workload.model)
+    training, batch = workload.mode is Mode.TRAIN, workload.batches[0]
+    try:
+        with kept_state(workload.model, weights=training), plain_fp32(device.type):
+            workload.model.train(training)
+            first, raw = timed(device, lambda: stepper.run(batch))
+            kind = workload.readout(batch, raw).kind
+            # the first step sets up kernels; the least of a few is the machine's own speed, unless steps are long
+            again = [timed(device, lambda: stepper.run(batch))[0] for _ in range(1 if first > 2.0 else 5)]
+    except RuntimeError as error:
+        raise MeasurementError(
+            f"the FP32 reference cannot be run: {str(error).strip().splitlines()[0]}. Check that the model takes these "
+            "batches; where memory is short, try a smaller --batch-size or --seq-len."
+        ) from error
+    step = min(first, *again)
+    # drop: both sides of every batch; time: the pairs beyond those; a training step is about 3 forwards
+    batches = len(workload.batches)
+    forwards = 2 * batches * step / (3 if training else 1)
+    gradients = 4 * step if training else 0.0
+    pairs = 2 * step * (8 if training else max(0, 8 - batches))
+    return FirstLook(step_seconds=step, measurement_seconds=1.2 * (forwards + gradients + pairs + 4 * step), kind=kind)

@@ -1,0 +1,199 @@
+"""What a search has measured, kept in an Optuna study so that it outlives the process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError
+from optuna.storages import BaseStorage, get_storage
+from optuna.trial import Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from autoprec.errors import StudyError
+from autoprec.files import as_json, from_json
+from autoprec.quantities import DropLimit
+from autoprec.records import Measurement
+from autoprec.study.folder import Row, RunFolder, fail_dead_trials, trials_csv
+
+__all__ = ["Ledger", "open_ledger"]
+
+_BASELINE = "baseline "
+
+
+class Ledger:
+    """The rows of a search, each written to its study and to `trials.csv` as it comes.
+
+    A fault of the storage is a StudyError that names the place.
+    """
+
+    def __init__(self, study: optuna.Study, limit: DropLimit, table: Path) -> None:
+        self.study, self.limit, self._table = study, limit, table
+        self.rows = list(_earlier(study))
+        known = study.user_attrs
+        self.reference = _measurement(known["reference"]) if "reference" in known else None
+        #: seconds and evaluations of the runs before this one
+        self.before: Mapping[str, float] = known.get("spent", {"seconds": 0.0, "evaluations": 0})
+
+    @property
+    def weights_digest(self) -> str:
+        """Digest of the weights that everything here was measured with."""
+        return str(self.study.user_attrs["identity"]["weights"])
+
+    def set_reference(self, found: Measurement) -> Measurement:
+        """Keep the measurement of FP32 against itself as the reference, whose step time is the study's clock."""
+        self.reference = dataclasses.replace(
+            found, name="reference", drop=0.0, drop_ci95=None, drop_percent=0.0, speedup=1.0, speedup_ci95=None
+        )
+        with self._writing():
+            self.study.set_user_attr("reference", as_json(self.reference))
+        return self.reference
+
+    def add_baseline(self, found: Measurement) -> None:
+        """Note a measurement that is no trial."""
+        with self._writing():
+            self.study.set_user_attr(f"{_BASELINE}{found.name}", as_json(found))
+        self._add(Row(None, _state(found), found))
+
+    def add_trial(self, trial: Trial, found: Measurement) -> None:
+        """Note what a trial measured, and tell Optuna."""
+        with self._writing():
+            trial.set_user_attr("measurement", as_json(found))
+        self.repeat(trial, found)
+        self._add(Row(trial.number, _state(found), found))
+
+    def repeat(self, trial: Trial, found: Measurement) -> None:
+        """Tell Optuna a trial's objectives, and by how far each limit is kept (at most 0) or missed."""
+        with self._writing():
+            if found.drop is None or found.step_ms is None:
+                self.study.tell(trial, state=TrialState.FAIL)
+                return
+            over = (found.drop_percent or 0.0) if self.limit.percent else found.drop
+            trial.set_constraint("drop", over - self.limit.value)
+            if found.grad_error is not None and found.grad_error_limit is not None:
+                trial.set_constraint("grad_error", found.grad_error - found.grad_error_limit)
+            self.study.tell(trial, [found.drop, found.step_ms])
+
+    def enqueue(self, choices: Mapping[str, str], name: str) -> None:
+        """Have the next trials measure these choices, under a name."""
+        with self._writing():
+            self.study.enqueue_trial(dict(choices), user_attrs={"name": name}, skip_if_exists=True)
+
+    def ask(self, distributions: Mapping[str, CategoricalDistribution]) -> Trial:
+        """Return a new trial with its choices made."""
+        with self._writing():
+            return self.study.ask(dict(distributions))
+
+    def spend(self, seconds: float, evaluations: int) -> None:
+        """Keep what this run has taken so far, for the sums of a run that resumes it."""
+        total = {"seconds": self.before["seconds"] + seconds, "evaluations": self.before["evaluations"] + evaluations}
+        with self._writing():
+            self.study.set_user_attr("spent", total)
+
+    def stop(self) -> None:
+        """Mark what was under way as failed."""
+        with self._writing():
+            fail_dead_trials(self.study)
+
+    def is_new(self) -> bool:
+        """Say whether no trial was asked for yet."""
+        return not self.study.get_trials(deepcopy=False)
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        trials_csv(self._table, self.rows)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, StorageInternalError) as error:
+            why = error.strerror if isinstance(error, OSError) else _first_line(error)
+            raise StudyError(
+                f"cannot write the study of {self._table.parent}: {why}. Free space, then go on with --resume; "
+                "what was measured before is kept."
+            ) from error
+
+
+def open_ledger(
+    folder: RunFolder,
+    storage: str | BaseStorage | None,
+    *,
+    name: str,
+    identity: Mapping[str, Any],
+    limit: DropLimit,
+    seed: int,
+    resume: bool,
+) -> Ledger:
+    """Open or begin the study of a search, and take over what it measured before.
+
+    Args:
+        folder: has the study's journal where there is no other `storage`.
+        name: of the study in its storage.
+        identity: what must be equal for figures to compare.
+
+    Raises:
+        StudyError: the storage cannot be opened, or holds a search of something else, or this one without `resume`.
+    """
+    place = f"journal {folder.journal}" if storage is None else f"storage {storage}"
+    try:
+        opened = folder.open_storage() if storage is None else get_storage(storage)
+        held = [study.study_name for study in opened.get_all_studies()]
+        # a journal of a run folder has one study; if it is of another model, its identity will say so
+        study = optuna.create_study(
+            study_name=held[0] if storage is None and held else name,
+            storage=opened,
+            directions=["minimize", "minimize"],
+            load_if_exists=resume,
+        )
+        known = study.user_attrs.get("identity")
+        if known is None:
+            study.set_user_attr("identity", dict(identity))
+        elif known != identity:
+            differ = ", ".join(key for key in identity if known.get(key) != identity[key])
+            raise StudyError(
+                f"the search in {place} was made with another {differ}; its figures do not compare. "
+                "Use the same model, data and space, or choose another folder with --out."
+            )
+        fail_dead_trials(study)
+        ledger = Ledger(study, limit, folder.path / "trials.csv")
+    except DuplicatedStudyError:
+        raise StudyError(f"{place} holds a search of this model already. Go on with it by --resume.") from None
+    except (OSError, ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
+        raise StudyError(
+            f"{place} cannot be opened: {_first_line(error)}. Give a URL such as sqlite:///study.db, or leave "
+            "--storage out for a journal in the run folder."
+        ) from error
+    # the same seed again would propose what was measured already
+    study.sampler = optuna.samplers.TPESampler(
+        multivariate=True, seed=seed + len(study.get_trials(deepcopy=False)), n_startup_trials=10
+    )
+    return ledger
+
+
+def _earlier(study: optuna.Study) -> Iterator[Row]:
+    for key, value in study.user_attrs.items():
+        if key.startswith(_BASELINE):
+            found = _measurement(value)
+            yield Row(None, _state(found), found)
+    for trial in study.get_trials(deepcopy=False):
+        if "measurement" in trial.user_attrs:
+            found = _measurement(trial.user_attrs["measurement"])
+            yield Row(trial.number, _state(found), found)
+
+
+def _state(found: Measurement) -> str:
+    return (TrialState.FAIL if found.drop is None else TrialState.COMPLETE).name
+
+
+def _measurement(data: Any) -> Measurement:
+    return from_json(Measurement, data, what="a measurement in the study", error=StudyError)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,72 @@
+"""What a search came to: the front, the choice and the verdict, and the evidence that goes into its plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from autoprec.plan import Evidence, Figure
+from autoprec.quantities import DropLimit
+from autoprec.records import DeviceProfile, Measurement, Origin, Verdict
+from autoprec.study.front import pareto_front
+from autoprec.study.verdict import best_uniform, choose, decide
+
+__all__ = ["Outcome", "evidence", "outcome_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Front and verdict of all measurements; `chosen` is an index of `front`, or None for do-nothing."""
+
+    baselines: tuple[Measurement, ...]
+    front: tuple[Measurement, ...]
+    chosen: int | None
+    verdict: Verdict
+
+    @property
+    def best(self) -> Measurement | None:
+        """The measurement of the plan to use."""
+        return None if self.chosen is None else self.front[self.chosen]
+
+    def with_plan(self, path: str) -> Outcome:
+        """Return the outcome with the chosen measurement's plan file named."""
+        front = tuple(dataclasses.replace(m, plan=path) if m is self.best else m for m in self.front)
+        return dataclasses.replace(self, front=front)
+
+
+def outcome_of(
+    measured: Sequence[Measurement], baselines: Collection[str], limit: DropLimit, search_seconds: float
+) -> Outcome:
+    """Return the outcome of a search; `baselines` names those of the measurements that are baselines."""
+    uniform = best_uniform([m for m in measured if m.name in baselines], limit)
+    compared = [_over_uniform(m, uniform) for m in measured]
+    bases = tuple(m for m in compared if m.name in baselines)
+    front = tuple(pareto_front(compared))
+    chosen = choose(front, baselines, limit)
+    verdict = decide(front, chosen, bases, limit, search_seconds / 3600)
+    return Outcome(baselines=bases, front=front, chosen=chosen, verdict=verdict)
+
+
+def _over_uniform(found: Measurement, uniform: Measurement | None) -> Measurement:
+    if uniform is None or not uniform.speedup or found.speedup is None:
+        return found
+    return dataclasses.replace(found, speedup_over_uniform=found.speedup / uniform.speedup)
+
+
+def evidence(found: Measurement, device: DeviceProfile, *, drop_unit: str, weights_digest: str, seed: int) -> Evidence:
+    """Return a measurement's figures as the evidence of its plan."""
+    time, memory = found.origin.step_ms, found.origin.peak_bytes
+    return Evidence(
+        drop=_figure(found.drop, found.drop_ci95, drop_unit, found.origin.drop),
+        step_ms=_figure(found.step_ms, found.step_ms_ci95, "ms", time),
+        speedup=_figure(found.speedup, found.speedup_ci95, "times FP32", time),
+        peak_bytes=_figure(found.peak_bytes, None, "bytes", memory),
+        weights_digest=weights_digest,
+        versions=dict(device.versions),
+        seed=seed,
+    )
+
+
+def _figure(value: float | None, ci95: tuple[float, float] | None, unit: str, origin: Origin | None) -> Figure | None:
+    return None if value is None or origin is None else Figure(value=value, ci95=ci95, unit=unit, origin=origin)
