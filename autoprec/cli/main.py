@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -42,6 +43,9 @@ class _Commands(click.Group):
     ) -> Any:
         """Run, and exit: 0 done, 1 could not, 2 usage, 130 interrupted."""
         _forgive_encodings()
+        # importing torch and transformers makes a million objects and no garbage; looking for it took a seventh of
+        # the time that `recommend` needs
+        gc.set_threshold(100_000, 20, 20)
         try:
             code = super().main(args, prog_name or "autoprec", complete_var, standalone_mode=False, **extra)
             sys.stdout.flush()

@@ -26,6 +26,10 @@ _KINDS = ("cpu", "cuda", "mps", "xpu")
 _SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 4096, 8192), "xpu": (1024, 2048, 4096), "mps": (512, 1024, 2048)}
 
 
+#: instruction sets that multiply in a format
+_CPU_UNITS = {"bf16": {"avx512_bf16", "amx_bf16"}, "fp16": {"avx512_fp16", "amx_fp16"}}
+
+
 def probe_device(device: str = "auto", *, seconds: float = 8.0) -> DeviceProfile:
     """Return what a device can compute in, and how fast.
 
@@ -160,7 +164,8 @@ def _support(way: str, here: torch.device, failed: Mapping[str, str], last: Mapp
     middle, low, high = last[way].gain
     seen = f"{middle:.3g}x fp32's matmul rate at {last[way].size} (95 % {low:.3g}-{high:.3g}), measured"
     units = _units(way, here)
-    if low > 1 and units is not False:
+    # where the hardware's own word is yes, a noisy minute shall not say no
+    if units is not False and (low > 1 or (units and middle > 1)):
         return FormatSupport(Support.NATIVE, seen)
     if units is False:
         return FormatSupport(Support.EMULATED, f"{seen}; torch says it has no {way} units")
@@ -168,7 +173,9 @@ def _support(way: str, here: torch.device, failed: Mapping[str, str], last: Mapp
 
 
 def _units(way: str, here: torch.device) -> bool | None:
-    """Return whether the vendor's word is that there are units; None where it says nothing."""
+    """Return whether the hardware says that it has units for a format; None where it says nothing."""
+    if here.type == "cpu":
+        return True if set(cpu_instructions()) & _CPU_UNITS.get(way, set()) else None
     if here.type != "cuda" or way not in ("bf16", "tf32"):
         return None
     if way == "bf16":

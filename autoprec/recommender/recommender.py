@@ -31,7 +31,7 @@ T = TypeVar("T", bound=StrEnum)
 SCHEMA = "autoprec/recommendation@1"
 #: states above this share of the device's memory leave activations so little that recomputing them is advised
 _TIGHT = 0.6
-_PROBE_SECONDS = 1.0
+_PROBE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
