@@ -96,22 +96,25 @@ def build_space(name: str | Path, profile: ModelProfile, device: DeviceProfile) 
 
     Raises:
         AutoprecError: no such space, or a fault in its file with the place.
-        StudyError: a pin that matches no unit or asks what the unit cannot take, or a role left without a format.
+        StudyError: a pin that matches no unit or asks what unit or device cannot do, or a role left without a format.
     """
     what = f"search space {name}"
     written = from_json(_SpaceFile, search_space_file(name), what=what, error=StudyError)
     if written.grouping is Grouping.MODULES:
         profile = split_units(profile)
-    pins = _pins(written, profile, what)
+    pins = _pins(written, profile, device, what)
     removed: list[Removal] = []
     allowed: dict[str, tuple[Format, ...]] = {}
     for unit in profile.units:
         if unit.name in pins:
             allowed[unit.name] = (pins[unit.name],)
             continue
-        if unit.role not in written.formats:
+        wanted = written.formats.get(unit.role)
+        if not wanted:
             raise StudyError(f"{what} gives no formats for role '{unit.role}', which unit '{unit.name}' has")
-        allowed[unit.name] = _allowed(unit, written.formats[unit.role], profile, device, removed)
+        if not set(wanted) & set(unit.formats):
+            raise StudyError(f"{what} leaves unit '{unit.name}' no format: it takes {', '.join(unit.formats)}")
+        allowed[unit.name] = _allowed(unit, wanted, profile, device, removed)
     return SearchSpace(
         name=str(name),
         profile=profile,
@@ -121,7 +124,7 @@ def build_space(name: str | Path, profile: ModelProfile, device: DeviceProfile) 
     )
 
 
-def _pins(written: _SpaceFile, profile: ModelProfile, what: str) -> dict[str, Format]:
+def _pins(written: _SpaceFile, profile: ModelProfile, device: DeviceProfile, what: str) -> dict[str, Format]:
     pins: dict[str, Format] = {}
     for pattern, choice in written.pins.items():
         matched = [u for u in profile.units if fnmatch.fnmatchcase(u.name, pattern)]
@@ -131,6 +134,8 @@ def _pins(written: _SpaceFile, profile: ModelProfile, what: str) -> dict[str, Fo
         for unit in matched:
             if choice not in unit.formats:
                 raise StudyError(f"{what} pins '{unit.name}' to {choice}; it takes {', '.join(unit.formats)}")
+            if fault := _unrunnable(unit, choice, profile, device):
+                raise StudyError(f"{what} pins '{unit.name}' to {choice}, which cannot run: {fault}")
             if pins.setdefault(unit.name, choice) is not choice:
                 raise StudyError(f"{what} pins '{unit.name}' to {pins[unit.name]} and to {choice}; keep one")
     return pins
@@ -153,9 +158,17 @@ def _allowed(
 
 
 def _removal_reason(unit: Unit, choice: Format, profile: ModelProfile, device: DeviceProfile) -> str | None:
+    """Return why a format is of no use to a unit: it cannot run, or runs without units of its own."""
     if choice is not Format.FP32 and device.supports(choice) is not Support.NATIVE:
         known = device.formats.get(choice)
         return f"{device.name} has no native {choice}" + (f": {known.reason}" if known else "")
+    return _unrunnable(unit, choice, profile, device)
+
+
+def _unrunnable(unit: Unit, choice: Format, profile: ModelProfile, device: DeviceProfile) -> str | None:
+    if choice is not Format.FP32 and device.supports(choice) is Support.ABSENT:
+        known = device.formats.get(choice)
+        return f"{device.name} lacks {choice}" + (f": {known.reason}" if known else "")
     return fp8_fault(unit, profile) if choice is Format.FP8 else None
 
 
