@@ -166,7 +166,7 @@ def trials_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write `trials.csv`: one row a measurement; baselines have no trial number, and their name as the reason."""
     units = list(dict.fromkeys(name for _, _, m in rows for name in m.assignment))
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, lineterminator="\n")
     head = ("trial", "state", "drop", "step_ms", "peak_bytes", "grad_error", "origin", "reason")
     writer.writerow([*head, *units])
     for number, state, m in rows:
