@@ -482,6 +482,8 @@ def _training_arguments(plan: Plan, fp16: bool) -> dict[str, Any]:
     }
     if plan.device.kind == "cuda":
         arguments["tf32"] = plan.tf32
+    if plan.device.kind == "cpu":
+        arguments["use_cpu"] = True  # bf16 without a GPU raises otherwise
     return arguments
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState
 
 from autoprec.errors import StudyError
@@ -20,7 +20,7 @@ from autoprec.formats import Format
 from autoprec.records import Measurement, MeasurementOrigins, Origin
 from autoprec.study.folder import Row, RunFolder, fail_dead_trials, trials_csv
 
-CHOICES = {"unit": CategoricalDistribution(["fp32", "bf16"])}
+CHOICES: dict[str, BaseDistribution] = {"unit": CategoricalDistribution(["fp32", "bf16"])}
 
 
 @pytest.fixture(autouse=True)

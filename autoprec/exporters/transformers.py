@@ -97,7 +97,7 @@ def trainer_source(plan: Plan, plan_path: str) -> str:
         text += _LOAD.format(model_id=literal(plan.model.id), auto=auto)
     if not training:
         return text.replace("from typing import Any\n", "") + _INFER
-    settings = "\n".join(f"        {name}={literal(value)}," for name, value in _settings(plan).items())
+    settings = "\n".join(f"        {name}={literal(value)}," for name, value in plan.training_arguments.items())
     return text + _ARGUMENTS.format(settings=settings, notes=_notes(plan))
 
 
@@ -107,14 +107,6 @@ def _auto_class(plan: Plan) -> str | None:
     if model.id in ("demo", model.class_name) or ".py:" in model.id:
         return None
     return next((auto for ending, auto in _AUTO.items() if model.class_name.endswith(ending)), "AutoModel")
-
-
-def _settings(plan: Plan) -> dict[str, Any]:
-    settings = dict(plan.training_arguments)
-    if plan.device.kind == "cpu":
-        # without it, bf16=True is refused on a machine that has no GPU
-        settings["use_cpu"] = True
-    return settings
 
 
 def _notes(plan: Plan) -> str:

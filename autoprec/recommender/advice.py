@@ -166,7 +166,7 @@ def _fp8(facts: UnitFacts, here: Situation) -> tuple[str, str]:
     share = sum(leaf.inputs * leaf.outputs for leaf in small) / facts.parameters
     if share > _SMALL_SHARE:
         first = small[0]
-        return f"too small for fp8: {first.module} is {first.inputs}x{first.outputs} (torchao's {recipe} limits)", ""
+        return f"too small for fp8: {_short(first)} is {first.inputs}x{first.outputs} (torchao's {recipe} limits)", ""
     gain = _gain(facts, here, recipe)
     if gain is None:
         return "fp8's gain cannot be told: no rate or bandwidth is known", ""
@@ -181,7 +181,7 @@ def _odd_dimension(facts: UnitFacts, here: Situation) -> str:
         for size in (leaf.inputs, leaf.outputs):
             if size % 16:
                 return (
-                    f"fp8 needs dimensions that divide by 16: {leaf.module} has {size} (pad to {-(-size // 16) * 16})"
+                    f"fp8 needs dimensions that divide by 16: {_short(leaf)} has {size} (pad to {-(-size // 16) * 16})"
                 )
     if here.mode is Mode.TRAIN and here.tokens % 16:
         return f"fp8 needs tokens a step that divide by 16 for weight gradients, and {here.tokens} do not"
@@ -205,3 +205,8 @@ def _gain(facts: UnitFacts, here: Situation, recipe: Fp8Recipe) -> float | None:
     slow = sum(gemm_seconds(leaf, here.tokens, here.mode, bf16.value, moved, 2) for leaf in facts.gemms)
     fast = sum(sum(fp8_seconds(leaf, here.tokens, here.mode, fp8.value, moved, recipe)) for leaf in facts.gemms)
     return slow / fast
+
+
+def _short(leaf: Leaf) -> str:
+    """Return a leaf's own name, so that equal units of other blocks have the same reason."""
+    return leaf.module.rpartition(".")[2]

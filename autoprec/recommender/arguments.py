@@ -26,8 +26,6 @@ def training_arguments(plan: Plan, *, batch_size: int, checkpointing: bool = Fal
         return {}
     wanted: dict[str, Any] = dict(plan.training_arguments)
     wanted["per_device_train_batch_size"] = batch_size
-    if plan.device.kind == "cpu":
-        wanted["use_cpu"] = True  # bf16 without a GPU raises otherwise
     if Format.FP8 in plan.formats:
         wanted["torch_compile"] = True  # casts that are not fused cost more than FP8 saves (nanochat: 0.23x)
     accepted = accepted_arguments()

@@ -5,6 +5,7 @@ The plan's units carry their reasons; the recommendation adds what the training 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -97,9 +98,10 @@ def recommend(
         tf32_choice(here)[1],
         *around_the_plan(plan, facts, known, memory, way, here.tokens, checkpointing),
     )
+    arguments = training_arguments(plan, batch_size=batch_size, checkpointing=checkpointing)
     return Recommendation(
-        plan=plan,
-        training_arguments=training_arguments(plan, batch_size=batch_size, checkpointing=checkpointing),
+        plan=dataclasses.replace(plan, training_arguments=arguments),
+        training_arguments=arguments,
         reasons=reasons,
         memory=memory,
         expected=expected_figures(plan, facts, known, here.tokens),
