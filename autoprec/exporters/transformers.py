@@ -6,8 +6,6 @@ only; the plan travels through `autoprec.apply`, which must come before the Trai
 
 from __future__ import annotations
 
-from typing import Any
-
 from autoprec.exporters.summary import literal, one_line, summary
 from autoprec.formats import Format
 from autoprec.plan import GradScalerSettings, Plan
