@@ -25,20 +25,23 @@ from autoprec.probe.compare import Comparison, Summary, compare, median_ci95, su
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import Peak, Stepper, device_of, gradients, kept_state, peak_bytes, plain_fp32, timed
 from autoprec.probe.workload import Workload
-from autoprec.records import Measurement, MeasurementOrigins, Mode, Origin
+from autoprec.records import Measurement, MeasurementOrigins, Mode, Origin, Role
 from autoprec.runtime.attach import Applied, apply
 
 __all__ = ["Request", "evaluate", "measure"]
 
 #: steps longer than this are not repeated without need
 _LONG_STEP_MS = 2000.0
+#: an interval of the speedup no wider than this is narrow: two times within 2 % count as the same
+_NARROW = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
     """What to measure, and how long.
 
-    At least `min_pairs` pairs are timed, then more until `timing_seconds` are spent or `max_pairs` are had.
+    At least `min_pairs` pairs are timed, then more until the interval of their ratio is narrow, `timing_seconds` are
+    spent or `max_pairs` are had.
     `reference_ms` is the clock of a study: step times are this divided by the speedup. A plan slower than
     `stop_slower` times the reference after its first step is stopped.
     """
@@ -74,6 +77,15 @@ class _Timing:
                 seconds, results[1] = timed(device, plan)
                 self.plan_s.append(seconds)
         return results[0], results[1]
+
+    def ratio(self) -> tuple[float, tuple[float, float] | None]:
+        """Return the median of reference / plan within pairs, with its interval."""
+        return median_ci95(r / p for r, p in zip(self.reference_s, self.plan_s, strict=True))
+
+    def is_narrow(self) -> bool:
+        """Say whether more pairs would tell nothing that matters."""
+        median, interval = self.ratio()
+        return interval is not None and interval[1] - interval[0] <= _NARROW * median
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +306,9 @@ def _time(request: Request, handle: Applied, timing: _Timing) -> None:
     if workload.mode is Mode.TRAIN:  # not timed: optimizer states are made, allocators and kernels warm up
         _Timing([], []).pair(handle, partial(reference.run, workload.batches[0]), partial(own.run, workload.batches[0]))
     while len(timing.plan_s) < request.min_pairs or (
-        len(timing.plan_s) < request.max_pairs and sum(timing.reference_s) + sum(timing.plan_s) < request.timing_seconds
+        len(timing.plan_s) < request.max_pairs
+        and sum(timing.reference_s) + sum(timing.plan_s) < request.timing_seconds
+        and not timing.is_narrow()
     ):
         batch = workload.batches[len(timing.plan_s) % len(workload.batches)]
         timing.pair(handle, partial(reference.run, batch), partial(own.run, batch))
@@ -322,8 +336,9 @@ def _measurement(
     request: Request, summary: Summary, gradient: _GradientError, timing: _Timing, peak: Peak, metric: float | None
 ) -> Measurement:
     fake = request.emulate and Format.FP8 in request.plan.formats
-    speedup, speedup_ci = median_ci95(r / p for r, p in zip(timing.reference_s, timing.plan_s, strict=True))
-    clock = request.reference_ms or median_ci95(timing.reference_s)[0] * 1e3
+    speedup, speedup_ci = timing.ratio()
+    reference_ms = median_ci95(timing.reference_s)[0] * 1e3
+    clock = request.reference_ms or reference_ms
     reasons = [r for r in (gradient.reason, peak.reason) if r]
     if fake:
         reasons.append("FP8 is emulated: its numbers are real, its speed and memory are not measured")
@@ -339,6 +354,7 @@ def _measurement(
         grad_error_limit=gradient.limit,
         step_ms=None if fake else clock / speedup,
         step_ms_ci95=None if fake or speedup_ci is None else (clock / speedup_ci[1], clock / speedup_ci[0]),
+        reference_step_ms=reference_ms,
         speedup=None if fake else speedup,
         speedup_ci95=None if fake else speedup_ci,
         peak_bytes=None if fake else peak.bytes,
@@ -358,8 +374,10 @@ def _stopped(request: Request, reason: str) -> Measurement:
 
 
 def _name(plan: Plan) -> str:
-    formats = {u.format for u in plan.units}
-    return f"uniform {formats.pop()}" if len(formats) == 1 else "plan"
+    formats = {u.format for u in plan.units if u.role is not Role.EMBEDDING}
+    if len(formats) > 1:
+        return "plan"
+    return f"{'uniform' if plan.stream is Format.FP32 else 'cast'} {formats.pop()}"
 
 
 def _moved(workload: Workload, device: torch.device) -> Workload:

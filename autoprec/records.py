@@ -267,8 +267,9 @@ class MeasurementOrigins:
 class Measurement:
     """One assignment measured against the reference (design of the figures: docs/measurement.md).
 
-    `step_ms` is the reference's median step time divided by `speedup`, the median of paired ratios, so figures
-    of one study share one clock. `drop` is in nats, or a relative squared error for models of values.
+    `speedup` is the median of paired ratios reference / plan. `step_ms` is the median reference step divided by it:
+    of `reference_step_ms`, this measurement's own, or of a whole search, so that its figures share one clock. `drop`
+    is in nats, or a relative squared error for models of values.
     A figure that was not measured is None; `reason` says why.
     """
 
@@ -285,6 +286,7 @@ class Measurement:
     grad_error_limit: float | None = None
     step_ms: float | None = None
     step_ms_ci95: tuple[float, float] | None = None
+    reference_step_ms: float | None = None
     speedup: float | None = None
     speedup_ci95: tuple[float, float] | None = None
     speedup_over_uniform: float | None = None

@@ -24,7 +24,7 @@ from autoprec.study.baselines import Baseline, role_seeds
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
 from autoprec.study.ledger import Ledger, open_ledger
-from autoprec.study.outcome import evidence, outcome_of
+from autoprec.study.outcome import evidence, on_one_clock, outcome_of
 from autoprec.study.space import SearchSpace, describe
 
 __all__ = ["Candidates", "Course", "News"]
@@ -195,7 +195,7 @@ class Course:
                 plan=plan,
                 name=name,
                 reference_ms=reference.step_ms if reference else None,
-                timing_seconds=max(0.5, 0.01 * self.budget.seconds),
+                timing_seconds=max(0.5, 0.02 * self.budget.seconds),
                 stop_slower=_STOP_SLOWER if reference else None,
             )
         )
@@ -222,6 +222,7 @@ class Course:
         ledger = self.ledger
         assert ledger.reference is not None
         seconds = ledger.before["seconds"] + self.budget.elapsed
+        ledger.replace(on_one_clock([ledger.reference, *(row.measurement for row in ledger.rows)]))
         outcome = outcome_of([row.measurement for row in ledger.rows], self.plans.names, self.limit, seconds)
         plan_path = self.folder.path / "plan.json"
         if outcome.best is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,9 @@ class Ledger:
 
     def add_baseline(self, found: Measurement) -> None:
         """Note a measurement that is no trial."""
+        place = sum(row.trial is None for row in self.rows)  # a database gives attributes back in order of their names
         with self._writing():
-            self.study.set_user_attr(f"{_BASELINE}{found.name}", as_json(found))
+            self.study.set_user_attr(f"{_BASELINE}{place:02d}", as_json(found))
         self._add(Row(None, _state(found), found))
 
     def add_trial(self, trial: Trial, found: Measurement) -> None:
@@ -103,6 +104,12 @@ class Ledger:
     def is_new(self) -> bool:
         """Say whether no trial was asked for yet."""
         return not self.study.get_trials(deepcopy=False)
+
+    def replace(self, measured: Sequence[Measurement]) -> None:
+        """Take over the reference and the rows' measurements in another form, and write the table again."""
+        self.reference = measured[0]
+        self.rows = [row._replace(measurement=m) for row, m in zip(self.rows, measured[1:], strict=True)]
+        trials_csv(self._table, self.rows)
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
@@ -177,7 +184,7 @@ def open_ledger(
 
 
 def _earlier(study: optuna.Study) -> Iterator[Row]:
-    for key, value in study.user_attrs.items():
+    for key, value in sorted(study.user_attrs.items()):
         if key.startswith(_BASELINE):
             found = _measurement(value)
             yield Row(None, _state(found), found)

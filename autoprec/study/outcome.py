@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from autoprec.records import DeviceProfile, Measurement, Origin, Verdict
 from autoprec.study.front import pareto_front
 from autoprec.study.verdict import best_uniform, choose, decide
 
-__all__ = ["Outcome", "evidence", "outcome_of"]
+__all__ = ["Outcome", "evidence", "on_one_clock", "outcome_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,25 @@ def outcome_of(
     chosen = choose(front, baselines, limit)
     verdict = decide(front, chosen, bases, limit, search_seconds / 3600)
     return Outcome(baselines=bases, front=front, chosen=chosen, verdict=verdict)
+
+
+def on_one_clock(measured: Sequence[Measurement]) -> list[Measurement]:
+    """Return the measurements with step times on one clock: the median reference step of all of them.
+
+    Each was timed beside the reference in its own minute; only their ratios to it compare.
+    """
+    known = [m.reference_step_ms for m in measured if m.reference_step_ms is not None]
+    if not known:
+        return list(measured)
+    clock = statistics.median(known)
+    return [_with_clock(m, clock) for m in measured]
+
+
+def _with_clock(found: Measurement, clock: float) -> Measurement:
+    if found.speedup is None:
+        return found
+    interval = found.speedup_ci95 and (clock / found.speedup_ci95[1], clock / found.speedup_ci95[0])
+    return dataclasses.replace(found, step_ms=clock / found.speedup, step_ms_ci95=interval)
 
 
 def _over_uniform(found: Measurement, uniform: Measurement | None) -> Measurement:
