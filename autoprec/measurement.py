@@ -8,6 +8,7 @@ and, in train mode, the error of the gradient. The model is given back as it was
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Request:
     """What to measure, and how long.
 
     At least `min_pairs` pairs are timed, then more until the interval of their ratio is narrow, `timing_seconds` are
-    spent or `max_pairs` are had.
+    spent or `max_pairs` are had; after `deadline` (as `time.monotonic` counts) one pair will do.
     `reference_ms` is the clock of a study: step times are this divided by the speedup. A plan slower than
     `stop_slower` times the reference after its first step is stopped.
     """
@@ -56,6 +57,7 @@ class Request:
     timing_seconds: float = 3.0
     stop_slower: float | None = None
     gradient_batches: int = 2
+    deadline: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,13 +307,20 @@ def _time(request: Request, handle: Applied, timing: _Timing) -> None:
     reference, own = Stepper(workload), Stepper(workload, request.plan.grad_scaler)
     if workload.mode is Mode.TRAIN:  # not timed: optimizer states are made, allocators and kernels warm up
         _Timing([], []).pair(handle, partial(reference.run, workload.batches[0]), partial(own.run, workload.batches[0]))
-    while len(timing.plan_s) < request.min_pairs or (
-        len(timing.plan_s) < request.max_pairs
-        and sum(timing.reference_s) + sum(timing.plan_s) < request.timing_seconds
-        and not timing.is_narrow()
-    ):
+    while _wants_more(request, timing):
         batch = workload.batches[len(timing.plan_s) % len(workload.batches)]
         timing.pair(handle, partial(reference.run, batch), partial(own.run, batch))
+
+
+def _wants_more(request: Request, timing: _Timing) -> bool:
+    """Say whether another pair is to be timed; one there is always."""
+    pairs = len(timing.plan_s)
+    if pairs == 0 or time.monotonic() >= request.deadline:
+        return pairs == 0
+    if pairs < request.min_pairs:
+        return True
+    spent = sum(timing.reference_s) + sum(timing.plan_s)
+    return pairs < request.max_pairs and spent < request.timing_seconds and not timing.is_narrow()
 
 
 # result

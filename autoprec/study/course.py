@@ -197,6 +197,7 @@ class Course:
                 reference_ms=reference.step_ms if reference else None,
                 timing_seconds=max(0.5, 0.02 * self.budget.seconds),
                 stop_slower=_STOP_SLOWER if reference else None,
+                deadline=self.budget.started + self.budget.seconds,
             )
         )
         self.evaluations += 1
