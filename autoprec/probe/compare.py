@@ -7,6 +7,7 @@ Values: squared error and squared size of the reference, whose ratio is the rela
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -148,7 +149,7 @@ def ratio_ci95(sums: Array, weights: Array) -> Ratio:
     if count < 2:
         return Ratio(value, None)
     residual = sums - value * weights
-    error = np.sqrt(count / (count - 1) * float((residual**2).sum())) / total
+    error = math.sqrt(count / (count - 1) * float((residual**2).sum())) / total
     half = float(stats.t.ppf(0.975, count - 1)) * error
     return Ratio(value, (value - half, value + half))
 

@@ -48,7 +48,15 @@ class Ledger:
     def set_reference(self, found: Measurement) -> Measurement:
         """Keep the measurement of FP32 against itself as the reference, whose step time is the study's clock."""
         self.reference = dataclasses.replace(
-            found, name="reference", drop=0.0, drop_ci95=None, drop_percent=0.0, speedup=1.0, speedup_ci95=None
+            found,
+            name="reference",
+            drop=0.0,
+            drop_ci95=None,
+            drop_percent=0.0,
+            step_ms=found.reference_step_ms,
+            step_ms_ci95=None,
+            speedup=1.0,
+            speedup_ci95=None,
         )
         with self._writing():
             self.study.set_user_attr("reference", as_json(self.reference))
