@@ -30,7 +30,16 @@ from autoprec.errors import AutoprecError, DeviceError, Interrupted, Measurement
 from autoprec.files import from_json, read_json
 from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
-from autoprec.records import DeviceProfile, Measurement, Mode, Progress, SearchResult, VerdictDecision
+from autoprec.records import (
+    DeviceProfile,
+    FormatSupport,
+    Measurement,
+    Mode,
+    Progress,
+    SearchResult,
+    Support,
+    VerdictDecision,
+)
 from autoprec.runtime.scope import Scope
 from autoprec.study import course
 
@@ -530,6 +539,32 @@ def test_a_plan_that_fails_is_noted_and_the_search_goes_on(tmp_path: Path, error
     assert low and all((r["state"], r["reason"], r["drop"]) == ("FAIL", reason, "") for r in low)
     assert len(low) < len(rows) and all(r["state"] == "COMPLETE" for r in rows if r not in low)
     assert_as_found(model, before)
+
+
+def test_a_plan_that_cannot_be_applied_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(request: Request, measure: Evaluate) -> Measurement:
+        if request.name == "uniform bf16":
+            raise DeviceError("the driver says no")
+        return measure(request)
+
+    instead(monkeypatch, change)
+    result = search(workload(), budget=300, trials=1, out=tmp_path / "run")
+    assert {m.name: m.reason for m in result.baselines if m.name in RUNNABLE}["uniform bf16"] == "the driver says no"
+    assert result.trials == 1
+
+
+def test_fp8_that_the_device_has_and_the_runtime_lacks_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = samples.device_profile()
+    formats = {**profile.formats, Format.FP8: FormatSupport(Support.NATIVE, "torch._scaled_mm runs")}
+    monkeypatch.setattr(
+        "autoprec.study.run.probe_device", lambda *_, **__: dataclasses.replace(profile, formats=formats)
+    )
+    result = search(workload(), budget=300, trials=1, out=tmp_path / "run")
+    reasons = {m.name: m.reason for m in result.baselines}
+    assert reasons["uniform fp8"] == "sample-cpu cannot run fp8: cpu has no FP8 matmul in PyTorch"
+    assert "fp8 with high edges" not in reasons
 
 
 # interrupted, killed, out of space

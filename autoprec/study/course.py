@@ -11,7 +11,7 @@ from typing import TypeAlias
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
 
-from autoprec.errors import Interrupted, MeasurementError
+from autoprec.errors import DeviceError, Interrupted, MeasurementError, PlanError
 from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
@@ -189,17 +189,21 @@ class Course:
     def _evaluate(self, plan: Plan, name: str) -> Measurement:
         begun = time.monotonic()
         reference = self.ledger.reference
-        found = evaluate(
-            Request(
-                workload=self.workload,
-                plan=plan,
-                name=name,
-                reference_ms=reference.step_ms if reference else None,
-                timing_seconds=max(0.5, 0.02 * self.budget.seconds),
-                stop_slower=_STOP_SLOWER if reference else None,
-                deadline=self.budget.started + self.budget.seconds,
-            )
+        request = Request(
+            workload=self.workload,
+            plan=plan,
+            name=name,
+            reference_ms=reference.step_ms if reference else None,
+            timing_seconds=max(0.5, 0.02 * self.budget.seconds),
+            stop_slower=_STOP_SLOWER if reference else None,
+            deadline=self.budget.started + self.budget.seconds,
         )
+        try:
+            found = evaluate(request)
+        except (DeviceError, PlanError) as error:
+            if reference is None:  # not this plan's fault, then
+                raise
+            found = Measurement(name=name, assignment=plan.assignment, reason=str(error))
         self.evaluations += 1
         if found.drop is not None:
             self.budget.each_seconds = time.monotonic() - begun

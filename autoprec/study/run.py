@@ -7,15 +7,18 @@ the last ones took, so a search ends at most one measurement late.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
+import torch
 from optuna.storages import BaseStorage
 
 from autoprec.errors import DeviceError, StudyError
+from autoprec.formats import Format
 from autoprec.probe.device import probe_device
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import device_of
@@ -23,7 +26,8 @@ from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.recommender.recommender import recommend_plan
-from autoprec.records import Progress, SearchResult
+from autoprec.records import DeviceProfile, FormatSupport, Progress, SearchResult, Support
+from autoprec.runtime.fp8 import fp8_missing
 from autoprec.study.baselines import baselines
 from autoprec.study.budget import Budget, first_look
 from autoprec.study.course import Candidates, Course, News
@@ -98,7 +102,7 @@ def _prepare(
     """Probe device and model, build the space and the plans to start with, and check that the budget holds them."""
     here = device_of(workload.model)
     tell(Progress(stage="probe", message="probing the device and the model's units", elapsed_seconds=budget.elapsed))
-    device = probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds)))
+    device = _runnable(probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds))), here)
     profile = probe_units(workload.model, model_id=workload.model_id)
     built = build_space(space, profile, device)
     rows, length = _sizes(workload)
@@ -129,6 +133,15 @@ def _prepare(
         tell=tell,
         seed=seed,
     )
+
+
+def _runnable(profile: DeviceProfile, here: torch.device) -> DeviceProfile:
+    """Return the profile without FP8 where the device has it and the runtime does not, as without torchao."""
+    missing = fp8_missing(here)
+    if missing is None or profile.supports(Format.FP8) is Support.ABSENT:
+        return profile
+    formats = {**profile.formats, Format.FP8: FormatSupport(Support.ABSENT, missing)}
+    return dataclasses.replace(profile, formats=formats, fp8_recipes=())
 
 
 def _sizes(workload: Workload) -> tuple[int, int]:
