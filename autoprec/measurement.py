@@ -172,7 +172,9 @@ def _evaluate(request: Request) -> Measurement:
     with kept_state(workload.model, weights=training), plain_fp32(device.type):
         handle = apply(workload.model, plan, request.emulate)
         try:
-            if reason := _too_slow(request, handle):
+            with kept_state(workload.model, weights=training):  # 0 times a NaN gradient would still spoil a weight
+                reason = _too_slow(request, handle)
+            if reason is not None:
                 return _stopped(request, reason)
             handle.model.eval()
             timing = _Timing([], [])

@@ -83,11 +83,15 @@ class Applied:
             self._attach()
 
     def _attach(self) -> None:
-        if self._storage is not None:
-            self._storage.lower()
-        for swap in self._swaps:
-            enter_scope(self._modules[swap.module], swap.kind, **swap.settings)
-        self._switches.enter_context(tf32_set(self.plan.tf32, next(iter(_devices(self.model)), "cpu")))
+        try:
+            if self._storage is not None:
+                self._storage.lower()
+            for swap in self._swaps:
+                enter_scope(self._modules[swap.module], swap.kind, **swap.settings)
+            self._switches.enter_context(tf32_set(self.plan.tf32, next(iter(_devices(self.model)), "cpu")))
+        except BaseException:
+            self._detach()  # all or nothing, also on Ctrl-C
+            raise
         self._attached = True
 
     def _detach(self) -> None:
