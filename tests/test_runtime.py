@@ -248,9 +248,11 @@ def test_each_leaf_of_a_unit_computes_in_the_units_format(model: nn.Module, choi
     for name, x, y in calls:
         expected = reference_linear(x, modules[name], choice, torch.bfloat16)
         assert y.dtype is expected.dtype
-        # GPT-2's addmm and this linear may sum in another order: one step of the result's format
+        # GPT-2's addmm and this linear may sum their n FP32 terms in another order, by which each result may also
+        # round to the neighbour in its own format
+        order = x.shape[-1] * torch.finfo(torch.float32).eps
         gap = (y.float() - expected.float()).abs().max() / expected.float().abs().max()
-        assert float(gap) <= 4 * torch.finfo(y.dtype).eps
+        assert float(gap) <= 2 * torch.finfo(y.dtype).eps + order
 
 
 def test_lookups_are_rounded_and_handed_on_in_the_streams_format(model: nn.Module) -> None:
