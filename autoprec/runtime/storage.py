@@ -61,7 +61,7 @@ class LoweredStorage:
             if item.written(item.low):
                 item.low = item.tensor.data
                 same = item.low == item.wide.to(item.low.dtype)
-                item.wide = torch.where(same, item.wide, item.low.to(item.wide.dtype))
+                item.wide.copy_(torch.where(same, item.wide, item.low.to(item.wide.dtype)))
             item.place(item.wide)
 
 
