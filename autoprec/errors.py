@@ -27,6 +27,7 @@ __all__ = [
     "StudyError",
     "UsageError",
     "closest",
+    "first_line",
 ]
 
 
@@ -75,3 +76,8 @@ def closest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Return '; closest: a, b' for the most similar candidates, or '' when none is near."""
     near = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
     return f"; closest: {', '.join(near)}" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error that says something, or the error's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

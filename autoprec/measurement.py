@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,23 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprec.errors import MeasurementError
+from autoprec.errors import MeasurementError, first_line
 from autoprec.formats import Format
 from autoprec.plan import Plan
-from autoprec.probe.batches import Batch
 from autoprec.probe.compare import Comparison, Summary, compare, median_ci95, summarise
+from autoprec.probe.gradient import GradientError, gradient_error
+from autoprec.probe.pairs import LONG_STEP_SECONDS, Pairs, first_ratio, one_example, out_of_memory
 from autoprec.probe.readout import ReadoutKind
-from autoprec.probe.steps import Peak, Stepper, device_of, gradients, kept_state, peak_bytes, plain_fp32, timed
+from autoprec.probe.steps import Peak, Stepper, device_of, kept_state, peak_bytes, plain_fp32
 from autoprec.probe.workload import Workload
 from autoprec.records import Measurement, MeasurementOrigins, Mode, Origin, Role
 from autoprec.runtime.attach import Applied, apply
 
 __all__ = ["Request", "evaluate", "measure"]
-
-#: steps longer than this are not repeated without need
-_LONG_STEP_MS = 2000.0
-#: an interval of the speedup no wider than this is narrow: two times within 2 % count as the same
-_NARROW = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,43 +52,6 @@ class Request:
     stop_slower: float | None = None
     gradient_batches: int = 2
     deadline: float = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class _Timing:
-    """Seconds of paired steps, as they come in."""
-
-    reference_s: list[float]
-    plan_s: list[float]
-
-    def pair(self, handle: Applied, reference: Callable[[], Any], plan: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run and time both sides, the order alternating from pair to pair, and return what they returned."""
-        device, results = device_of(handle.model), [None, None]
-        for side in (0, 1) if len(self.plan_s) % 2 == 0 else (1, 0):
-            if side == 0:
-                with _as_reference(handle):
-                    seconds, results[0] = timed(device, reference)
-                self.reference_s.append(seconds)
-            else:
-                seconds, results[1] = timed(device, plan)
-                self.plan_s.append(seconds)
-        return results[0], results[1]
-
-    def ratio(self) -> tuple[float, tuple[float, float] | None]:
-        """Return the median of reference / plan within pairs, with its interval."""
-        return median_ci95(r / p for r, p in zip(self.reference_s, self.plan_s, strict=True))
-
-    def is_narrow(self) -> bool:
-        """Say whether more pairs would tell nothing that matters."""
-        median, interval = self.ratio()
-        return interval is not None and interval[1] - interval[0] <= _NARROW * median
-
-
-@dataclass(frozen=True, slots=True)
-class _GradientError:
-    error: float | None
-    limit: float | None
-    reason: str | None
 
 
 def measure(workload: Workload, plan: Plan, emulate: bool = False, device: str = "auto") -> Measurement:
@@ -126,43 +83,17 @@ def evaluate(request: Request) -> Measurement:
         return _evaluate(request)
     except torch.AcceleratorError as error:  # nothing can run on the device from here on, in this process
         raise MeasurementError(
-            f"the device failed while measuring {request.name}: {_first_line(error)}. Start again in a new process; "
+            f"the device failed while measuring {request.name}: {first_line(error)}. Start again in a new process; "
             "a search goes on with --resume."
         ) from error
     except RuntimeError as error:
-        reason = _first_line(error)
-        if _out_of_memory(error):
+        reason = first_line(error)
+        if out_of_memory(error):
             reason = f"out of memory: {reason}"
     gc.collect()  # what the failed step held
     if device_of(request.workload.model).type != "cpu":
         torch.accelerator.empty_cache()
     return _stopped(request, reason)
-
-
-@contextmanager
-def _as_reference(handle: Applied) -> Iterator[None]:
-    """Run a block without the plan; a fault in it is not the plan's, save that memory may lack because of it.
-
-    Raises:
-        MeasurementError: the reference cannot be run.
-    """
-    with handle.suspended():
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, torch.AcceleratorError) or _out_of_memory(error):
-                raise
-            raise MeasurementError(
-                f"the FP32 reference cannot be run: {_first_line(error)}. Check that the model takes these batches."
-            ) from error
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _evaluate(request: Request) -> Measurement:
@@ -177,11 +108,15 @@ def _evaluate(request: Request) -> Measurement:
             if reason is not None:
                 return _stopped(request, reason)
             handle.model.eval()
-            timing = _Timing([], [])
+            timing = Pairs()
             kind, parts = _drop(request, handle, timing)
             if not all(part.finite for part in parts):
                 return _stopped(request, "the output is not finite (an overflow in a unit, or NaN from it)")
-            gradient = _gradient_error(request, handle) if training else _GradientError(None, None, None)
+            gradient = (
+                gradient_error(workload, handle, request.gradient_batches)
+                if training
+                else GradientError(None, None, None)
+            )
             handle.model.train(training)
             _time(request, handle, timing)
             stepper = Stepper(workload, plan.grad_scaler)
@@ -196,10 +131,10 @@ def _evaluate(request: Request) -> Measurement:
 # drop
 
 
-def _drop(request: Request, handle: Applied, timing: _Timing) -> tuple[ReadoutKind, list[Comparison]]:
+def _drop(request: Request, handle: Applied, timing: Pairs) -> tuple[ReadoutKind, list[Comparison]]:
     """Compare every batch, one batch's outputs held at a time; in infer mode these runs are timed steps as well."""
     workload, parts, kind = request.workload, [], ReadoutKind.LOGITS
-    clock = timing if workload.mode is Mode.INFER else _Timing([], [])
+    clock = timing if workload.mode is Mode.INFER else Pairs()
     with torch.no_grad():
         for index, batch in enumerate(workload.batches):
             run = partial(workload.forward, batch)
@@ -224,40 +159,6 @@ def _check_reference(predictions: Tensor, counted: Tensor, batch: int) -> None:
         )
 
 
-# gradient
-
-
-def _gradient_error(request: Request, handle: Applied) -> _GradientError:
-    """Return ‖g_plan − g_ref‖² / ‖g_ref‖², and a tenth of the reference's own variance ratio between batches."""
-    workload, error, size = request.workload, 0.0, 0.0
-    first: list[Tensor] | None = None
-    between = 0.0
-    batches = workload.batches[: request.gradient_batches]
-    for batch in batches:
-        with _as_reference(handle):
-            reference = gradients(workload, batch)
-        found = gradients(workload, batch, request.plan.grad_scaler)
-        error += _squared_distance(found, reference)
-        size += _squared_distance(reference, None)
-        if first is None:
-            first = reference
-        else:
-            # for two batches this is their unbiased variance; more are taken as pairs with the first
-            between += _squared_distance(reference, first) / 2
-    if not torch.tensor(error).isfinite():
-        return _GradientError(None, None, "the gradient is not finite at the initial loss scale")
-    if size == 0.0:
-        return _GradientError(None, None, "the reference's gradient is zero")
-    limit = 0.1 * between / (len(batches) - 1) / (size / len(batches)) if len(batches) > 1 else None
-    return _GradientError(error / size, limit, None)
-
-
-def _squared_distance(a: list[Tensor], b: list[Tensor] | None) -> float:
-    pairs: Iterator[Tensor] = (x - y for x, y in zip(a, b, strict=True)) if b is not None else iter(a)
-    # .double() per tensor would double the memory of the largest; norms are summed in FP64 instead
-    return float(sum(torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2 for t in pairs))
-
-
 # time
 
 
@@ -268,53 +169,28 @@ def _too_slow(request: Request, handle: Applied) -> str | None:
     """
     handle.model.train(request.workload.mode is Mode.TRAIN)
     batch = request.workload.batches[0]
-    if request.stop_slower is not None and (request.reference_ms or 0.0) > _LONG_STEP_MS:
-        ratio = _first_ratio(request, handle, _one_example(batch))
+    if request.stop_slower is not None and (request.reference_ms or 0.0) > 1e3 * LONG_STEP_SECONDS:
+        ratio = first_ratio(request.workload, handle, one_example(batch))
         if ratio > request.stop_slower:
             return f"stopped after a step on one example: {ratio:.1f} times as slow as the reference"
-    ratio = _first_ratio(request, handle, batch)
+    ratio = first_ratio(request.workload, handle, batch)
     if request.stop_slower is None or ratio <= request.stop_slower:
         return None
     return f"stopped after its first step: {ratio:.1f} times as slow as the reference"
 
 
-def _first_ratio(request: Request, handle: Applied, batch: Batch) -> float:
-    """Return the plan's step time over the reference's, each the smaller of two unless the first was long already."""
-    device, sides = device_of(handle.model), []
-    for stepper, pause in (
-        (Stepper(request.workload), _as_reference(handle)),
-        (Stepper(request.workload, request.plan.grad_scaler), nullcontext()),
-    ):
-        with pause:
-            seconds = timed(device, partial(stepper.run, batch))[0]
-            if seconds * 1e3 < _LONG_STEP_MS:  # a short first step is mostly the set-up of kernels: look twice
-                seconds = min(seconds, timed(device, partial(stepper.run, batch))[0])
-        sides.append(seconds)
-    return sides[1] / sides[0]
-
-
-def _one_example(batch: Batch) -> Batch:
-    """Return the first example of a batch of named tensors, enough to see that a format is far too slow."""
-    if not isinstance(batch, dict):
-        return batch
-    sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0}
-    if len(sizes) != 1:
-        return batch
-    return {k: v[:1] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in batch.items()}
-
-
-def _time(request: Request, handle: Applied, timing: _Timing) -> None:
+def _time(request: Request, handle: Applied, timing: Pairs) -> None:
     """Time more pairs of steps, on the batches in turn, until the request is satisfied."""
     workload = request.workload
     reference, own = Stepper(workload), Stepper(workload, request.plan.grad_scaler)
     if workload.mode is Mode.TRAIN:  # not timed: optimizer states are made, allocators and kernels warm up
-        _Timing([], []).pair(handle, partial(reference.run, workload.batches[0]), partial(own.run, workload.batches[0]))
+        Pairs().pair(handle, partial(reference.run, workload.batches[0]), partial(own.run, workload.batches[0]))
     while _wants_more(request, timing):
         batch = workload.batches[len(timing.plan_s) % len(workload.batches)]
         timing.pair(handle, partial(reference.run, batch), partial(own.run, batch))
 
 
-def _wants_more(request: Request, timing: _Timing) -> bool:
+def _wants_more(request: Request, timing: Pairs) -> bool:
     """Say whether another pair is to be timed; one there is always."""
     pairs = len(timing.plan_s)
     if pairs == 0 or time.monotonic() >= request.deadline:
@@ -344,7 +220,7 @@ def _metric(request: Request) -> float | None:
 
 
 def _measurement(
-    request: Request, summary: Summary, gradient: _GradientError, timing: _Timing, peak: Peak, metric: float | None
+    request: Request, summary: Summary, gradient: GradientError, timing: Pairs, peak: Peak, metric: float | None
 ) -> Measurement:
     fake = request.emulate and Format.FP8 in request.plan.formats
     speedup, speedup_ci = timing.ratio()

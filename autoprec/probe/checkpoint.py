@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoprec.errors import ModelError
+from autoprec.errors import ModelError, first_line
 from autoprec.files import read_json
 
 __all__ = ["check_weights", "read_config", "refuse_remote_code"]
@@ -124,7 +124,7 @@ def _check_pickled(path: Path) -> None:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # the restricted reader raises errors of many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(
             f"{path} is refused: pickled weights can run code, and safe loading failed ({reason[:160]}). "
             "Ask for the model in safetensors, or convert it where you trust the file: "

@@ -17,7 +17,7 @@ from autoprec.catalog import CatalogueEntry, catalogue_match, find_entry
 from autoprec.errors import DeviceError
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
 from autoprec.probe.host import cpu_instructions, cpu_memory_bytes, cpu_name, slug
-from autoprec.probe.rates import Trial, copy_rate, first_line, gemm_trials, matmuls, strict_fp32
+from autoprec.probe.rates import Trial, copy_rate, fault_text, gemm_trials, matmuls, strict_fp32
 from autoprec.records import DeviceProfile, FormatSupport, GemmRate, Origin, Support
 
 __all__ = ["probe_device", "resolve_device"]
@@ -211,7 +211,7 @@ def _cpu_fp8() -> str:
     try:
         matmuls(torch.device("cpu"), Fp8Family.OCP)[f"fp8-{Fp8Recipe.TENSORWISE}"](64)()
     except Exception as fault:  # whatever a backend raises is the answer we look for
-        return f"torch._scaled_mm refuses ({first_line(fault)})"
+        return f"torch._scaled_mm refuses ({fault_text(fault)})"
     return "torch._scaled_mm runs by widening its operands first"
 
 

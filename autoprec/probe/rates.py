@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from autoprec.errors import first_line
 from autoprec.formats import Fp8Family, Fp8Recipe
 from autoprec.records import Estimate, Origin
 
-__all__ = ["Trial", "copy_rate", "first_line", "gemm_trials", "matmuls", "median_interval", "strict_fp32"]
+__all__ = ["Trial", "copy_rate", "fault_text", "gemm_trials", "matmuls", "median_interval", "strict_fp32"]
 
 #: one timing should be long against the clock and the launch of a kernel
 _SPAN_SECONDS = {"cpu": 0.002, "mps": 0.01}
@@ -106,7 +107,7 @@ def gemm_trials(
                 calls[name]()
                 _wait(device)
             except Exception as fault:  # whatever a backend raises is the answer we look for
-                failed[name] = first_line(fault)
+                failed[name] = fault_text(fault)
                 calls.pop(name, None)
         found = _rounds(calls, device, seconds * share)
         for name, times in found.items():
@@ -131,10 +132,9 @@ def copy_rate(device: torch.device, seconds: float, *, mebibytes: int = 64) -> E
     return Estimate(middle, low, high, Origin.MEASURED)
 
 
-def first_line(fault: BaseException) -> str:
-    """Return the first line of an error, shortened."""
-    lines = str(fault).strip().splitlines()
-    text = f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
+def fault_text(fault: BaseException) -> str:
+    """Return an error's name and first line, shortened."""
+    text = f"{type(fault).__name__}: {first_line(fault)}"
     return text if len(text) <= 160 else text[:157] + "..."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from autoprec.errors import MeasurementError, StudyError
+from autoprec.errors import MeasurementError, StudyError, first_line
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import Stepper, device_of, kept_state, plain_fp32, timed
 from autoprec.probe.workload import Workload
@@ -79,7 +79,7 @@ def first_look(workload: Workload) -> FirstLook:
             again = [timed(device, lambda: stepper.run(batch))[0] for _ in range(1 if first > 2.0 else 5)]
     except RuntimeError as error:
         raise MeasurementError(
-            f"the FP32 reference cannot be run: {str(error).strip().splitlines()[0]}. Check that the model takes these "
+            f"the FP32 reference cannot be run: {first_line(error)}. Check that the model takes these "
             "batches; where memory is short, try a smaller --batch-size or --seq-len."
         ) from error
     step = min(first, *again)

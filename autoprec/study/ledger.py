@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage, get_storage
 from optuna.trial import Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from autoprec.errors import StudyError
+from autoprec.errors import StudyError, first_line
 from autoprec.files import as_json, from_json
 from autoprec.quantities import DropLimit
 from autoprec.records import Measurement
@@ -128,7 +128,7 @@ class Ledger:
         try:
             yield
         except (OSError, StorageInternalError) as error:
-            why = error.strerror if isinstance(error, OSError) else _first_line(error)
+            why = error.strerror if isinstance(error, OSError) else first_line(error)
             raise StudyError(
                 f"cannot write the study of {self._table.parent}: {why}. Free space, then go on with --resume; "
                 "what was measured before is kept."
@@ -181,7 +181,7 @@ def open_ledger(
         raise StudyError(f"{place} holds a search of this model already. Go on with it by --resume.") from None
     except (OSError, ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
         raise StudyError(
-            f"{place} cannot be opened: {_first_line(error)}. Give a URL such as sqlite:///study.db, or leave "
+            f"{place} cannot be opened: {first_line(error)}. Give a URL such as sqlite:///study.db, or leave "
             "--storage out for a journal in the run folder."
         ) from error
     # the same seed again would propose what was measured already
@@ -208,7 +208,3 @@ def _state(found: Measurement) -> str:
 
 def _measurement(data: Any) -> Measurement:
     return from_json(Measurement, data, what="a measurement in the study", error=StudyError)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
