@@ -11,7 +11,6 @@ import gc
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from autoprec.errors import MeasurementError, first_line
 from autoprec.formats import Format
 from autoprec.plan import Plan
+from autoprec.probe.batches import batch_to
 from autoprec.probe.compare import Comparison, Summary, compare, median_ci95, summarise
 from autoprec.probe.gradient import GradientError, gradient_error
 from autoprec.probe.pairs import LONG_STEP_SECONDS, Pairs, first_ratio, one_example, out_of_memory
@@ -269,12 +269,4 @@ def _name(plan: Plan) -> str:
 
 def _moved(workload: Workload, device: torch.device) -> Workload:
     workload.model.to(device)
-    return workload.with_batches(_to(batch, device) for batch in workload.batches)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
-    return type(value)(_to(v, device) for v in value) if isinstance(value, tuple | list) else value
+    return workload.with_batches(batch_to(batch, device) for batch in workload.batches)
