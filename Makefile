@@ -36,8 +36,8 @@ fast: $(TEST_READY) ## the tests that take seconds
 real: models ## the tests on real trained models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m "real and not nightly and not gpu"
 
-nightly: models ## the long tests on real trained models
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 7200 -m "nightly and not gpu"
+nightly: models ## all tests on real trained models, the long ones too
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 7200 -m "(nightly or real) and not gpu"
 
 gpu: $(TEST_READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "gpu"
