@@ -22,7 +22,7 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
     data = {
         "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": COMMIT,
         "device": device(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
@@ -55,3 +55,7 @@ def device() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": sorted(known & set(flags[1].split())) if flags else [],
     }
+
+
+#: taken when a benchmark starts: the code it runs, whatever is committed meanwhile
+COMMIT = commit()
