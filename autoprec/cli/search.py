@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
 
     Ctrl-C keeps what was measured and prints the line that resumes.
     """
+    started = time.monotonic()
     options = _settled(ctx, given)
     duration_seconds(options["budget"])  # a slip of the pen is told before a model is loaded
     DropLimit.parse(options["max_drop"])
@@ -108,6 +110,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 out=folder,
                 resume=options["resume"],
                 progress=news,
+                spent_seconds=time.monotonic() - started,
             )
     except Interrupted as stop:
         where = stop.folder or str(folder)

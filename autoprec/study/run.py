@@ -50,6 +50,7 @@ def search(
     out: str | Path | None = None,
     resume: bool = False,
     progress: News | None = None,
+    spent_seconds: float = 0.0,
 ) -> SearchResult:
     """Search for the fastest assignment of formats whose drop is within a limit, by measuring.
 
@@ -65,6 +66,7 @@ def search(
         out: the run folder; None makes `autoprec-runs/<time>-<model>/`.
         resume: go on with the search in `out`; a folder without one starts.
         progress: called with news as they come.
+        spent_seconds: of the budget, used before the call, as by loading the model.
 
     Raises:
         StudyError: folder or storage is in use, holds another search, or cannot be written; or the budget is too
@@ -73,7 +75,7 @@ def search(
         DeviceError: `device` is not the workload's.
         Interrupted: Ctrl-C; everything measured is kept and `result` holds the front so far.
     """
-    started = time.monotonic()
+    started = time.monotonic() - spent_seconds
     clock, limit = Budget(duration_seconds(budget), started), DropLimit.parse(max_drop)
     path = Path(out) if out is not None else _default_folder(workload)
     _check_device(workload, device)
