@@ -111,6 +111,11 @@ def write_older_then_newer() -> None:
     backends.cudnn.conv.fp32_precision = "tf32"
 
 
+def medium_with_cpu_inheriting() -> None:
+    torch.set_float32_matmul_precision("medium")
+    write("mkldnn", "matmul", "none")
+
+
 STARTS = {
     "as torch starts": Start(),
     "highest": Start(lambda: torch.set_float32_matmul_precision("highest")),
@@ -129,9 +134,7 @@ STARTS = {
     "general and matmul tf32": Start(parts(cuda_matmul="tf32"), general="tf32"),
     "backend tf32": Start(parts(cuda_rnn="none"), cuda="tf32"),
     "backend ieee under tf32": Start(parts(cuda_conv="none"), general="tf32", cuda="ieee"),
-    "medium, the CPU inherits": Start(
-        lambda: (torch.set_float32_matmul_precision("medium"), parts(mkldnn_matmul="none")())[1], mkldnn="bf16"
-    ),
+    "medium, the CPU inherits": Start(medium_with_cpu_inheriting, mkldnn="bf16"),
     "older then newer": Start(write_older_then_newer),
 }
 
