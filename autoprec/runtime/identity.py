@@ -54,7 +54,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
     for second, first in further.items():
         for name in modules:
             if name == first or name.startswith(_join(first, "")):
-                names.setdefault(_join(second, name[len(_join(first, "")) :]).removesuffix("."), name)
+                names.setdefault(_join(second, name.removeprefix(first).lstrip(".")).rstrip("."), name)
     return {second: first for second, first in names.items() if second not in modules}
 
 
