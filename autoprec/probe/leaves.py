@@ -17,15 +17,20 @@ from autoprec.errors import ModelError
 from autoprec.records import Leaf, LeafKind
 from autoprec.runtime.identity import base_class
 
-__all__ = ["SUPPORTED", "Inventory", "find_sites", "take_inventory"]
+__all__ = ["ROUTER", "SUPPORTED", "Inventory", "experts_beside", "find_sites", "is_mixer", "take_inventory"]
 
-SUPPORTED = "Linear, Conv1d, Conv2d, Conv3d, Embedding and the Conv1D of Hugging Face"
+SUPPORTED = (
+    "Linear, Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, the Conv1D of Hugging Face and experts held as "
+    "3-D parameters"
+)
 
 _NORM = "norm: runs as the ambient autocast runs it"
 _ROTARY = "rotary positions: no weight, angles need FP32"
 _DROPOUT = "dropout: no weight"
 _VECTOR = "parameters are vectors, applied elementwise, not multiplied as matrices"
 _ADDED = "parameters are added, not multiplied"
+_STATE = "state of a recurrence: exponentiated and applied elementwise, not multiplied as a layer's weight"
+ROUTER = "router: chooses experts, so a rounding error changes which weights are used"
 
 #: a base layer with eight adapters
 _MOST_IN_SITE = 17
@@ -57,7 +62,7 @@ def take_inventory(modules: Mapping[str, nn.Module]) -> Inventory:
         own = [p for p in _own(module) if id(p) not in held]
         if name in leaves:
             continue
-        reason = _pin(module, own)
+        reason = _pin(module, own) or _pin_by_neighbours(name, module, own, modules, leaves)
         if reason:
             pinned[reason].append(name)
         elif own:
@@ -80,13 +85,21 @@ def _leaf(name: str, module: nn.Module) -> Leaf | None:
     if shape is None:
         return None
     kind, inputs, outputs = shape
-    return Leaf(module=name, kind=kind, inputs=inputs, outputs=outputs, parameters=sum(p.numel() for p in own))
+    count = sum(p.numel() for p in own)
+    if kind is LeafKind.QUANTIZED:  # what is stored is packed
+        count = inputs * outputs + sum(
+            p.numel() for key, p in module._parameters.items() if p is not None and key == "bias"
+        )
+    return Leaf(module=name, kind=kind, inputs=inputs, outputs=outputs, parameters=count)
 
 
 def _kind(module: nn.Module) -> tuple[LeafKind, int, int] | None:
     """Return kind, inputs and outputs of a leaf, None for any other module."""
     if isinstance(module, nn.Linear):
-        return LeafKind.LINEAR, module.in_features, module.out_features
+        packed = isinstance(module.weight, nn.Parameter) and not module.weight.is_floating_point()
+        return LeafKind.QUANTIZED if packed else LeafKind.LINEAR, module.in_features, module.out_features
+    if isinstance(module, nn.MultiheadAttention):
+        return LeafKind.ATTENTION, module.embed_dim, module.embed_dim
     if isinstance(module, nn.Embedding):
         return LeafKind.EMBEDDING, module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -95,7 +108,39 @@ def _kind(module: nn.Module) -> tuple[LeafKind, int, int] | None:
     # told from nn.Conv1d by its 2-D weight [in, out]; transformers itself need not be imported
     if weight is not None and weight.dim() == 2 and any(c.__name__ == "Conv1D" for c in type(module).__mro__):
         return LeafKind.CONV1D, weight.shape[0], weight.shape[1]
+    widths = _expert_widths(module)
+    return (LeafKind.EXPERTS, *widths) if widths else None
+
+
+def _expert_widths(module: nn.Module) -> tuple[int, int] | None:
+    """Return the outer and inner width of experts held as 3-D parameters, None for any other module.
+
+    Each matrix is [experts, a, b], in either order of a and b: some expand the stream's width (once or, with a fused
+    gate, twice), one contracts it again. Biases [experts, n] may stand beside them.
+    """
+    own = _own(module)
+    matrices = [p for p in own if p.dim() == 3]
+    if not 2 <= len(matrices) <= 3 or any(p.dim() not in (2, 3) for p in own):
+        return None
+    if len(counts := {p.shape[0] for p in own}) != 1 or counts == {1}:
+        return None
+    if {tuple(p.shape[1:]) for p in matrices} == {tuple(matrices[0].shape[1:])} and len(matrices) == 2:
+        if matrices[0].shape[1] == matrices[0].shape[2] and "expert" not in base_class(module).__name__.lower():
+            return None  # two equal squares are as well the block-diagonal gates of a recurrence
+    down = matrices[-1] if len(matrices) == 2 else min(matrices, key=lambda p: p.numel())
+    for outer, inner in (down.shape[1:], reversed(down.shape[1:])):
+        if all(sorted(p.shape[1:]) in (sorted((outer, inner)), sorted((outer, 2 * inner))) for p in matrices):
+            wide = [p for p in matrices if sorted(p.shape[1:]) == sorted((outer, 2 * inner))]
+            if len(wide) == len(matrices) - 1 or not wide:
+                return _oriented(outer, inner, matrices)
     return None
+
+
+def _oriented(outer: int, inner: int, matrices: list[nn.Parameter]) -> tuple[int, int]:
+    """Return (stream, inner): for equal counts of both orders, what the first matrix reads by its last size."""
+    if all(sorted(p.shape[1:]) == sorted((outer, inner)) for p in matrices) and len(matrices) == 2:
+        return (matrices[0].shape[2], matrices[0].shape[1])
+    return outer, inner
 
 
 def _pin(module: nn.Module, own: list[nn.Parameter]) -> str | None:
@@ -113,6 +158,42 @@ def _pin(module: nn.Module, own: list[nn.Parameter]) -> str | None:
         return _ADDED
     rotary = "inv_freq" in module._buffers or "rotary" in cls or "rope" in cls
     return _ROTARY if rotary and not own else None
+
+
+def _pin_by_neighbours(
+    name: str, module: nn.Module, own: list[nn.Parameter], modules: Mapping[str, nn.Module], leaves: Mapping[str, Leaf]
+) -> str | None:
+    """Return why a module that owns a matrix has no choice, as told by what stands beside it or in it."""
+    if not own:
+        return None
+    around = modules[name.rpartition(".")[0]] if name else module
+    matrices = [p for p in own if p.dim() == 2]
+    if name and len(matrices) == 1 and all(p.dim() <= 2 for p in own) and experts_beside(around) & {*matrices[0].shape}:
+        return ROUTER
+    if is_mixer(module) and all(p.dim() <= 2 for p in own):
+        return _STATE
+    return None
+
+
+def experts_beside(parent: nn.Module) -> set[int]:
+    """Return how many experts stand directly in a module, for each list or module of them."""
+    counts = set()
+    for child in parent.children():
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and len({base_class(m) for m in child}) == 1:
+            counts.add(len(child))
+        elif _expert_widths(child):
+            counts.add(next(p.shape[0] for p in _own(child)))
+    return counts
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Say whether a module is a state-space mixer: state of its own, projections, and a depthwise convolution.
+
+    Kernels for such mixers take all these weights at once, so they share a format.
+    """
+    children = list(module.children())
+    convolutions = [c for c in children if isinstance(c, nn.Conv1d) and c.groups == c.in_channels > 1]
+    return bool(convolutions and _own(module)) and sum(isinstance(c, nn.Linear) for c in children) > 1
 
 
 def find_sites(leaves: Mapping[str, Leaf]) -> dict[str, tuple[str, ...]]:

@@ -20,6 +20,7 @@ from autoprec.records import LeafKind, Role
 
 __all__ = ["BlockLeaf", "BlockShape", "Part", "place"]
 
+_MATMULS = (LeafKind.LINEAR, LeafKind.CONV1D, LeafKind.QUANTIZED)
 _ATTENTION_WORDS = frozenset("q k v o qkv kv query key value attn attention".split())
 
 
@@ -42,6 +43,8 @@ class BlockShape:
     heads: frozenset[str]
     #: paths and lengths of lists of equal submodules (experts)
     lists: tuple[tuple[str, int], ...] = ()
+    #: paths of state-space mixers ('' for the block itself)
+    mixers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +62,38 @@ _Leaves: TypeAlias = tuple[BlockLeaf, ...]
 @lru_cache(maxsize=1024)
 def place(shape: BlockShape) -> tuple[Part, ...]:
     """Return the parts of a block: attention first, then FFN, then the rest. Every leaf is in one part."""
-    matmuls = tuple(x for x in shape.leaves if x.kind in (LeafKind.LINEAR, LeafKind.CONV1D))
-    found: list[tuple[Role, _Leaves]] = []
+    found = list(_whole(shape))
+    taken = {x for _, leaves in found for x in leaves}
+    matmuls = tuple(x for x in shape.leaves if x.kind in _MATMULS and x not in taken)
     if matmuls:
-        loose = _split("", matmuls, _Judge(shape, _stream_width(matmuls)), found)
-        found += _divide(loose, _stream_width(matmuls), {role for role, _ in found})
+        width = _stream_width(matmuls)
+        loose = _split("", matmuls, _Judge(shape, width), found)
+        found += _divide(loose, width, {role for role, _ in found if role is not Role.OTHER})
     for kind, role in ((LeafKind.CONV, Role.CONV), (LeafKind.EMBEDDING, Role.EMBEDDING)):
-        some = tuple(x for x in shape.leaves if x.kind is kind)
+        some = tuple(x for x in shape.leaves if x.kind is kind and x not in taken)
         if some:
             found.append((role, some))
-    return _named(found, shape.leaves)
+    return _named(found, shape)
+
+
+def _whole(shape: BlockShape) -> Iterator[tuple[Role, _Leaves]]:
+    """Yield what needs no telling apart: mixers, MultiheadAttention with its output, experts with what is beside."""
+    for node in shape.mixers:
+        yield Role.OTHER, tuple(x for x in shape.leaves if _within(x.path, node) and x.kind is not LeafKind.EMBEDDING)
+    for leaf in shape.leaves:
+        if leaf.kind is LeafKind.ATTENTION:
+            yield Role.ATTENTION, tuple(x for x in shape.leaves if _within(x.path, leaf.path))
+    for home in dict.fromkeys(x.path.rpartition(".")[0] for x in shape.leaves if x.kind is LeafKind.EXPERTS):
+        # experts that stand in the block itself share no module of their own with anything
+        beside = [x for x in shape.leaves if (_within(x.path, home) if home else x.kind is LeafKind.EXPERTS)]
+        counts = {n for path, n in shape.lists if path.rpartition(".")[0] == home}
+        routers = [x for x in beside if _is_router(x, home, counts)]
+        yield from ((Role.ROUTER, (x,)) for x in routers)
+        yield Role.FFN, tuple(x for x in beside if x not in routers)
+
+
+def _is_router(leaf: BlockLeaf, home: str, counts: set[int]) -> bool:
+    return leaf.kind in _MATMULS and leaf.outputs in counts and leaf.path.rpartition(".")[0] == home
 
 
 def _stream_width(leaves: _Leaves) -> int:
@@ -252,16 +277,18 @@ def _spread(some: Sequence[BlockLeaf], leaves: _Leaves) -> int:
     return max(places) - min(places) + 1
 
 
-def _named(found: list[tuple[Role, _Leaves]], order: _Leaves) -> tuple[Part, ...]:
+def _named(found: list[tuple[Role, _Leaves]], shape: BlockShape) -> tuple[Part, ...]:
     """Name parts by role; a second attention is `cross_attention` where its path says so, else numbered."""
-    rank = {x.path: i for i, x in enumerate(order)}
+    rank = {x.path: i for i, x in enumerate(shape.leaves)}
     priority = [Role.ATTENTION, Role.FFN, Role.CONV, Role.OTHER, Role.ROUTER, Role.EMBEDDING]
     parts: list[Part] = []
     taken: Counter[str] = Counter()
     for role, leaves in sorted(found, key=lambda f: (priority.index(f[0]), min(rank[x.path] for x in f[1]))):
         paths = tuple(sorted((x.path for x in leaves), key=rank.__getitem__))
         name = role.value
-        if role is Role.ATTENTION and taken[name] and re.search(r"cross|enc", paths[0], re.IGNORECASE):
+        if role is Role.OTHER and any(all(_within(p, node) for p in paths) for node in shape.mixers):
+            name = "mixer"
+        if role is Role.ATTENTION and taken[name] and re.search(r"cross|enc|multihead_attn", paths[0], re.IGNORECASE):
             name = "cross_attention"
         taken[name] += 1
         parts.append(Part(name if taken[name] == 1 else f"{name}_{taken[name]}", role, paths))

@@ -12,16 +12,18 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from autoprec.errors import ModelError
+from autoprec.formats import Format
 from autoprec.probe.blocks import Stack, Tree, find_stacks
-from autoprec.probe.leaves import SUPPORTED, Inventory, find_sites, take_inventory
+from autoprec.probe.leaves import ROUTER, SUPPORTED, Inventory, experts_beside, find_sites, is_mixer, take_inventory
 from autoprec.probe.parts import BlockLeaf, BlockShape, Part, place
 from autoprec.records import Leaf, LeafKind, ModelProfile, Pinned, Role, Unit, role_formats
 from autoprec.runtime.identity import base_class, canonical_modules, fingerprint
 
 __all__ = ["probe_units"]
 
-_MATMULS = (LeafKind.LINEAR, LeafKind.CONV1D)
-_ROUTER = "router: chooses experts, so a rounding error changes which weights are used"
+_MATMULS = (LeafKind.LINEAR, LeafKind.CONV1D, LeafKind.QUANTIZED, LeafKind.ATTENTION, LeafKind.EXPERTS)
+#: kinds with no FP8 kernel
+_NO_FP8 = (LeafKind.QUANTIZED, LeafKind.CONV)
 _INNER_LOOKUP = "lookup within a block: its values are added, not multiplied"
 
 
@@ -88,6 +90,7 @@ class _Placement:
         self.leaves = {site: leaves[names[0]] for site, names in self.sites.items()}
         self.tree = Tree(modules, self.leaves)
         self.order = {name: i for i, name in enumerate(leaves)}
+        self.kinds = {name: leaf.kind for name, leaf in leaves.items()}
         self.stacks = find_stacks(self.tree)
         self.units: list[Unit] = []
         self.pinned: defaultdict[str, list[str]] = defaultdict(list)
@@ -142,8 +145,10 @@ class _Placement:
     def _shape(self, path: str, names: Iterable[str]) -> BlockShape:
         """Describe a block by paths within it, so that equal blocks are equal values."""
         cut = len(path) + 1 if path else 0
-        leaves, heads, lists = [], set(), set()
+        leaves, heads, lists, mixers = [], set(), set(), set()
         seen = {path}
+        if is_mixer(self.tree.modules[path]):
+            mixers.add("")
         for name in names:
             leaf = self.leaves[name]
             leaves.append(BlockLeaf(name[cut:], leaf.kind, leaf.inputs, leaf.outputs))
@@ -152,16 +157,17 @@ class _Placement:
                 seen.add(node)
                 if self.tree.counts_heads(node):
                     heads.add(node[cut:])
-                members = self.tree.containers(node)
-                if isinstance(self.tree.modules[node], nn.ModuleList) and members and self.tree.alike(members):
-                    lists.add((node[cut:], len(members)))
+                if is_mixer(self.tree.modules[node]):
+                    mixers.add(node[cut:])
+                lists |= {(f"{node[cut:]}.experts", n) for n in experts_beside(self.tree.modules[node])}
                 node = node.rpartition(".")[0]
-        return BlockShape(tuple(leaves), frozenset(heads), tuple(sorted(lists)))
+                lists |= {("experts", n) for n in experts_beside(self.tree.modules[path])} if path else set()
+        return BlockShape(tuple(leaves), frozenset(heads), tuple(sorted(lists)), frozenset(mixers))
 
     def _part(self, part: Part, name: str, prefix: str) -> None:
         names = [f"{prefix}{path}" for path in part.paths]
         if part.role is Role.ROUTER:
-            self.pinned[_ROUTER] += self._members(names)
+            self.pinned[ROUTER] += self._members(names)
         elif part.role is Role.EMBEDDING:
             self.pinned[_INNER_LOOKUP] += self._members(names)
         else:
@@ -224,7 +230,10 @@ class _Placement:
             unique = f"{name}_{count}"
         self.taken.add(unique)
         modules = tuple(sorted(self._members(names), key=self.order.__getitem__))
-        self.units.append(Unit(name=unique, role=role, modules=modules, formats=role_formats(role)))
+        formats = role_formats(role)
+        if any(self.kinds[m] in _NO_FP8 for m in modules):
+            formats = tuple(f for f in formats if f is not Format.FP8)
+        self.units.append(Unit(name=unique, role=role, modules=modules, formats=formats))
 
 
 def _accessor(root: nn.Module, method: str) -> nn.Module | None:

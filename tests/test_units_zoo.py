@@ -1,0 +1,180 @@
+"""Units of every architecture of the zoo: leaves placed once, and tables by hand where leaves are no plain layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoprec.formats import Format
+from autoprec.probe.units import probe_units
+from autoprec.records import LeafKind, ModelProfile
+from tests.zoo import ZOO
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # bitsandbytes and PEFT import torch.jit
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor"),
+]
+
+_LEAVES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
+
+
+def rows(profile: ModelProfile, block: str = "") -> list[tuple[str, str, list[str]]]:
+    """Units by name, role and modules; `block` keeps those whose name starts so."""
+    return [(u.name, u.role.value, list(u.modules)) for u in profile.units if u.name.startswith(block)]
+
+
+def pins(profile: ModelProfile, word: str) -> list[str]:
+    return [m for p in profile.pinned if word in p.reason for m in p.modules]
+
+
+def under(prefix: str, *names: str) -> list[str]:
+    return [f"{prefix}.{name}" for name in names]
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_every_leaf_stands_once(name: str) -> None:
+    model = ZOO[name]().model
+    profile = probe_units(model)
+    placed = [m for u in profile.units for m in u.modules] + [m for p in profile.pinned for m in p.modules]
+    assert len(placed) == len(set(placed))
+    assert profile.unassigned == ()
+    # PEFT's own path parts are left out of names
+    modules = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
+    assert {n for n, m in modules.items() if isinstance(m, _LEAVES)} <= set(placed)
+    # BERT's head keeps its decoder's bias under a second name: the decoder's unit decides about it
+    held = {id(p) for m in model.modules() if isinstance(m, _LEAVES) for p in m.parameters(recurse=False)}
+    owners = {n for n, m in modules.items() for p in m.parameters(recurse=False) if id(p) not in held}
+    assert owners <= set(placed), "a parameter whose owner has no place"
+    assert all(Format.FP32 in u.formats and Format.BF16 in u.formats for u in profile.units)
+
+
+@pytest.mark.parametrize(("name", "inner"), [("mixtral", 64), ("qwen3_moe", 32)])
+def test_experts_are_one_leaf_and_the_router_is_pinned(name: str, inner: int) -> None:
+    profile = probe_units(ZOO[name]().model)
+    assert rows(profile, "blocks.0.ffn") == [("blocks.0.ffn", "ffn", ["model.layers.0.mlp.experts"])]
+    assert pins(profile, "router") == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    leaf = next(x for x in profile.leaves if x.module == "model.layers.0.mlp.experts")
+    assert (leaf.kind, leaf.inputs, leaf.outputs) == (LeafKind.EXPERTS, 32, inner)
+    assert leaf.parameters == 4 * 3 * 32 * inner
+    assert profile.unit("blocks.0.ffn").formats == tuple(Format)
+
+
+class Experts(nn.Module):
+    """Experts in the transposed layout [experts, in, out], with biases."""
+
+    def __init__(self, count: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(count, width, 2 * inner))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(count, 2 * inner))
+        self.down_proj = nn.Parameter(torch.zeros(count, inner, width))
+        self.down_proj_bias = nn.Parameter(torch.zeros(count, width))
+
+
+class SharedMoe(nn.Module):
+    """Routed experts, a Linear router, and a shared expert of plain layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(32, 4)
+        self.experts = Experts(4, 32, 32)
+        self.shared = nn.ModuleDict({"up": nn.Linear(32, 64), "down": nn.Linear(64, 32)})
+
+
+class MoeBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({n: nn.Linear(32, 32) for n in "qkvo"})
+        self.moe = SharedMoe()
+
+
+def test_a_layers_experts_are_one_unit_with_the_shared_one() -> None:
+    model = nn.ModuleDict({"wte": nn.Embedding(64, 32), "blocks": nn.ModuleList(MoeBlock() for _ in range(2))})
+    profile = probe_units(model)
+    assert rows(profile, "blocks.1") == [
+        ("blocks.1.attention", "attention", under("blocks.1.attn", *"qkvo")),
+        ("blocks.1.ffn", "ffn", under("blocks.1.moe", "experts", "shared.up", "shared.down")),
+    ]
+    assert pins(profile, "router") == under("blocks", "0.moe.router", "1.moe.router")
+
+
+def test_state_space_mixer_is_one_unit_without_fp8() -> None:
+    profile = probe_units(ZOO["mamba"]().model)
+    mixer = under("backbone.layers.0.mixer", "conv1d", "in_proj", "x_proj", "dt_proj", "out_proj")
+    assert rows(profile, "blocks.0") == [("blocks.0.mixer", "other", mixer)]
+    assert profile.unit("blocks.0.mixer").formats == (Format.FP32, Format.BF16, Format.FP16)
+    assert pins(profile, "recurrence") == under("backbone.layers", "0.mixer", "1.mixer")
+
+
+def test_multihead_attention_holds_its_output_projection() -> None:
+    profile = probe_units(ZOO["torch_encoder"]().model)
+    assert rows(profile) == [
+        ("embeddings", "embedding", ["embedding"]),
+        ("blocks.0.attention", "attention", under("encoder.layers.0", "self_attn", "self_attn.out_proj")),
+        ("blocks.0.ffn", "ffn", under("encoder.layers.0", "linear1", "linear2")),
+        ("blocks.1.attention", "attention", under("encoder.layers.1", "self_attn", "self_attn.out_proj")),
+        ("blocks.1.ffn", "ffn", under("encoder.layers.1", "linear1", "linear2")),
+        ("head", "lm_head", ["head"]),
+    ]
+    leaf = next(x for x in profile.leaves if x.kind is LeafKind.ATTENTION)
+    assert (leaf.inputs, leaf.outputs, leaf.parameters) == (32, 32, 3 * 32 * 32 + 3 * 32)
+
+
+def test_decoder_layer_of_torch_has_two_attentions() -> None:
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 2, 64, batch_first=True), 1)
+    assert rows(probe_units(model), "blocks.0") == [
+        ("blocks.0.attention", "attention", ["layers.0.self_attn", "layers.0.self_attn.out_proj"]),
+        ("blocks.0.cross_attention", "attention", ["layers.0.multihead_attn", "layers.0.multihead_attn.out_proj"]),
+        ("blocks.0.ffn", "ffn", under("layers.0", "linear1", "linear2")),
+    ]
+
+
+def test_packed_weights_take_no_fp8_and_count_as_what_they_stand_for() -> None:
+    profile = probe_units(ZOO["qlora"]().model)
+    unit = profile.unit("blocks.0.attention")
+    assert unit.formats == (Format.FP32, Format.BF16, Format.FP16)
+    base = next(x for x in profile.leaves if x.module == "model.layers.0.self_attn.q_proj.base_layer")
+    assert (base.kind, base.inputs, base.outputs, base.parameters) == (LeafKind.QUANTIZED, 32, 32, 32 * 32)
+    assert [m.rpartition("q_proj.")[2] for m in unit.modules[:3]] == [
+        "base_layer",
+        "lora_A.default",
+        "lora_B.default",
+    ]
+
+
+def test_one_module_that_runs_often_is_one_unit() -> None:
+    names = [u.name for u in probe_units(ZOO["albert"]().model).units]
+    assert names[1:3] == ["blocks.0.0.attention", "blocks.0.0.ffn"]
+    assert not any(n.startswith("blocks.1") for n in names)
+
+
+def test_residual_network_has_its_convolutions_by_block_and_pins_batch_norms() -> None:
+    profile = probe_units(ZOO["batchnorm_cnn"]().model)
+    assert rows(profile)[0] == ("conv", "conv", ["resnet.embedder.embedder.convolution"])
+    layers = "resnet.encoder.stages.0.layers.0.layer"
+    assert rows(profile, "blocks.0.0") == [
+        ("blocks.0.0.conv", "conv", under(layers, "0.convolution", "1.convolution")),
+    ]
+    assert rows(profile)[-1] == ("classifier", "lm_head", ["classifier.1"])
+    assert any(m.endswith("normalization") for m in pins(profile, "norm"))
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = self.first
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(functional.relu(self.second(self.first(x))))
+        return y
+
+
+def test_a_leaf_of_two_names_stands_under_its_first() -> None:
+    profile = probe_units(Twice())
+    assert [list(u.modules) for u in profile.units] == [["first"], ["head"]]
