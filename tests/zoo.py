@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -383,12 +384,11 @@ def _adapted(model: nn.Module) -> Case:
 
 def _pack(model: nn.Module) -> None:
     """Replace the linear layers of the blocks by 4-bit ones, as a quantized checkpoint has them."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
+    four_bit: Any = import_module("bitsandbytes.nn")
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".layers." in name:
-            packed = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32)
-            packed.weight = Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")
+            packed = four_bit.Linear4bit(module.in_features, module.out_features, bias=False)
+            packed.weight = four_bit.Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")
             model.set_submodule(name, packed.to("cpu"))
 
 

@@ -1,10 +1,6 @@
 """`apply`: put a plan in force on a model, in place, and take it off again.
 
-The layout of scopes is decided first, as a list of swaps, then done at once: one ambient scope at the root, one
-scope at the root of each subtree that holds a whole unit, and scopes on single leaves where a unit shares its
-subtree with others. An attention unit always gets the smallest module around it, because the scaled dot product
-in between belongs to it. Where the surroundings already give a unit its format there is no scope at all, so a
-uniform plan costs one.
+Everything is checked first, the swaps are decided (`layout`), then done at once or not at all.
 """
 
 from __future__ import annotations
@@ -17,37 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoprec.catalog import find_device
 from autoprec.errors import DeviceError, PlanError
-from autoprec.formats import Format, Fp8Family, layout
+from autoprec.formats import Format
 from autoprec.plan import Plan, PlanUnit, check_modules
-from autoprec.records import Role
-from autoprec.runtime.emulate import torch_dtype
 from autoprec.runtime.fp8 import fp8_misaligned, fp8_missing
-from autoprec.runtime.identity import canonical_modules, fingerprint
-from autoprec.runtime.scope import (
-    AmbientScope,
-    Fp8Scope,
-    GemmScope,
-    LookupScope,
-    Scope,
-    UnitScope,
-    enter_scope,
-    leave_scope,
-)
+from autoprec.runtime.identity import aliases, canonical_modules, fingerprint
+from autoprec.runtime.integrity import note, patched_forward
+from autoprec.runtime.layout import Swap, holds_experts, is_packed, swaps_of
+from autoprec.runtime.scope import Scope, enter_scope, leave_scope
+from autoprec.runtime.sharding import sharding_conflict
 from autoprec.runtime.storage import LoweredStorage, lower_storage
 from autoprec.runtime.tf32 import tf32_set
 
 __all__ = ["Applied", "applied", "apply"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Swap:
-    """One module to be given a scope."""
-
-    module: str
-    kind: type[Scope]
-    settings: Mapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -57,7 +35,7 @@ class Applied:
     model: nn.Module
     plan: Plan
     emulate: bool
-    _swaps: tuple[_Swap, ...]
+    _swaps: tuple[Swap, ...]
     _modules: Mapping[str, nn.Module]
     _storage: LoweredStorage | None = None
     _switches: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -87,7 +65,10 @@ class Applied:
             if self._storage is not None:
                 self._storage.lower()
             for swap in self._swaps:
-                enter_scope(self._modules[swap.module], swap.kind, **swap.settings)
+                enter_scope(self._modules[swap.module], swap.kind, name=swap.module, **swap.settings)
+            note(self._modules, self.plan, {swap.module: swap.kind.__name__ for swap in self._swaps})
+            if any(isinstance(m, nn.MultiheadAttention) for m in self._modules.values()):
+                self._switches.enter_context(fast_attention_off())
             self._switches.enter_context(tf32_set(self.plan.tf32, next(iter(_devices(self.model)), "cpu")))
         except BaseException:
             self._detach()  # all or nothing, also on Ctrl-C
@@ -122,12 +103,16 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
     modules = canonical_modules(model)
     _check_fits(model, plan, modules)
     emulated = _check_device(model, plan, modules, emulate)
+    swaps = tuple(swaps_of(plan, modules, emulated))
+    _check_forwards(swaps, modules)
+    if conflict := sharding_conflict(modules, plan):
+        raise PlanError(conflict)
     storage = lower_storage(model, plan, modules) if plan.stream is not Format.FP32 else None
     handle = Applied(
         model=model,
         plan=plan,
         emulate=emulate,
-        _swaps=tuple(_swaps(plan, modules, emulated)),
+        _swaps=swaps,
         _modules=modules,
         _storage=storage,
     )
@@ -152,7 +137,7 @@ def applied(model: nn.Module, plan: Plan, emulate: bool = False) -> Iterator[App
 def _check_fits(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
     if any(isinstance(module, Scope) for module in modules.values()):
         raise PlanError("a plan is in force on this model already; remove() it first")
-    check_modules(plan, modules)
+    _check_names(model, plan, modules)
     if fingerprint(model) != plan.model.fingerprint:
         raise PlanError(
             f"the plan was made for {plan.model.id} ({plan.model.class_name}), and this {type(model).__name__} differs "
@@ -163,31 +148,58 @@ def _check_fits(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) 
             _check_leaf(unit, name, modules[name])
 
 
+def _check_names(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    named = [name for unit in plan.units for name in unit.modules]
+    if any(name not in modules for name in named):
+        second = aliases(model)
+        for name in named:
+            if name in second:
+                raise PlanError(
+                    f"the plan names module '{name}', which is another name of '{second[name]}': one module has one "
+                    f"format. Name it '{second[name]}' in the plan."
+                )
+    check_modules(plan, modules)
+
+
 def _check_leaf(unit: PlanUnit, name: str, leaf: nn.Module) -> None:
-    weight = getattr(leaf, "weight", None)
-    if not isinstance(weight, torch.Tensor):
+    own = [p for p in leaf._parameters.values() if p is not None]
+    if not own:
         raise PlanError(f"unit '{unit.name}': {name} is a {type(leaf).__name__} without a weight of its own")
-    if unit.format is Format.FP32 and weight.dtype in (torch.bfloat16, torch.float16):
+    low = [p for p in own if p.dtype in (torch.bfloat16, torch.float16)]
+    if unit.format is Format.FP32 and low and not is_packed(leaf):
         raise PlanError(
-            f"unit '{unit.name}' is to compute in fp32, but {name} holds {str(weight.dtype).removeprefix('torch.')} "
+            f"unit '{unit.name}' is to compute in fp32, but {name} holds {str(low[0].dtype).removeprefix('torch.')} "
             "weights, whose lost bits no plan can bring back. Load the model with dtype=torch.float32."
         )
+    if unit.format is Format.FP8 and (is_packed(leaf) or isinstance(leaf, nn.modules.conv._ConvNd)):
+        what = "its weight is packed in integers" if is_packed(leaf) else "no FP8 convolution kernel exists in PyTorch"
+        raise PlanError(f"unit '{unit.name}' cannot take fp8: {name} is a {type(leaf).__name__}, and {what}. Use bf16.")
+
+
+def _check_forwards(swaps: tuple[Swap, ...], modules: Mapping[str, nn.Module]) -> None:
+    for swap in swaps:
+        if patch := patched_forward(modules[swap.module]):
+            where = f"module '{swap.module}'" if swap.module else "the model"
+            raise PlanError(
+                f"{where} has a forward set on the instance ({patch}), which hides that of any class, so no plan could "
+                "act there. Apply the plan first, and prepare, dispatch or patch the model afterwards."
+            )
 
 
 def _check_device(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module], emulate: bool) -> bool:
     """Return whether FP8 is to be emulated."""
-    devices = _devices(model)
+    devices = tuple(dict.fromkeys(str(p.device) for p in model.parameters()))
     if len(devices) > 1:
-        raise PlanError(f"the weights are on several device types ({', '.join(devices)}); move the model to one")
+        raise PlanError(
+            f"the weights are on several devices ({', '.join(devices)}); move the model to one, or shard it (FSDP2)"
+        )
     units = [u for u in plan.units if u.format is Format.FP8]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     missing = fp8_missing(device)
     if units and not missing:
         for unit in units:
             for name in unit.modules:
-                outputs, inputs = _features(modules[name])
-                if wrong := fp8_misaligned(inputs, outputs):
-                    raise PlanError(f"unit '{unit.name}': {name} cannot take fp8: {wrong}")
+                _check_fp8(unit, name, modules[name], emulate)
     if units and missing and not emulate:
         raise DeviceError(
             f"{missing}; the plan has fp8 in {len(units)} units (first '{units[0].name}'). Try a plan for this device "
@@ -203,140 +215,36 @@ def _devices(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(p.device.type for p in model.parameters()))
 
 
-def _features(leaf: nn.Module) -> tuple[int, int]:
-    """Return (outputs, inputs) of a linear leaf, whichever way round it stores its weight."""
-    rows, columns = leaf.weight.shape  # type: ignore[misc]
-    return (rows, columns) if isinstance(leaf, nn.Linear) else (columns, rows)
+def _check_fp8(unit: PlanUnit, name: str, leaf: nn.Module, emulate: bool) -> None:
+    """Check that the device's FP8 kernels take a leaf."""
+    if holds_experts(leaf):
+        if not emulate:
+            raise DeviceError(
+                f"unit '{unit.name}': {name} holds its experts in 3-D parameters, for which torchao has no stable FP8 "
+                "kernel. Give the unit bf16, or emulate=True for FP8's numbers without its speed."
+            )
+        return
+    for weight in (p for p in leaf._parameters.values() if p is not None and p.dim() == 2):
+        rows, columns = weight.shape
+        outputs, inputs = (columns, rows) if type(leaf).__name__ == "Conv1D" else (rows, columns)
+        if wrong := fp8_misaligned(inputs, outputs):
+            raise PlanError(f"unit '{unit.name}': {name} cannot take fp8: {wrong}")
 
 
-# layout
+#: plans in force on models with MultiheadAttention, and how PyTorch's switch stood before the first of them
+_fast_attention: dict[str, Any] = {"users": 0, "before": True}
 
 
-def _swaps(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> Iterator[_Swap]:
-    stored = plan.stream is plan.ambient is not Format.FP32
-    # where everything is stored in the ambient format there is nothing for autocast to do, as with model.to()
-    root = None if plan.ambient is Format.FP32 or stored else plan.ambient
-    containers = _containers(plan, modules)
-    for unit in plan.units:
-        yield from _unit_swaps(plan, unit, modules, containers, root, emulated)
-    for path, unit in containers.items():
-        if _around(path, containers, root, below=True) is not unit.format and not _native(plan, unit, root):
-            settings = {"dtype": _dtype(unit.format), "stream": _stream(plan)}
-            yield _Swap(path, UnitScope, settings)
-    yield _Swap("", AmbientScope, {"ambient": _dtype(root) if root else None})
-
-
-def _unit_swaps(
-    plan: Plan,
-    unit: PlanUnit,
-    modules: Mapping[str, nn.Module],
-    containers: Mapping[str, PlanUnit],
-    root: Format | None,
-    emulated: bool,
-) -> Iterator[_Swap]:
-    """Yield the leaf scopes of a unit: those whose surroundings do not give the unit's format."""
-    held = next((path for path, owner in containers.items() if owner is unit), None)
-    for name in unit.modules:
-        leaf = modules[name]
-        # the last leaf of a unit writes to the stream; a container does that for its unit itself
-        last = name == unit.modules[-1] and held is None and unit.role is not Role.LM_HEAD
-        stream = _stream(plan) if last else None
-        if unit.role is Role.EMBEDDING:
-            if unit.format is not Format.FP32 or plan.stream is not Format.FP32:
-                yield _Swap(name, LookupScope, {"dtype": _dtype(unit.format), "stream": _dtype(plan.stream)})
-        elif unit.format is Format.FP8:
-            settings = {"dtype": _dtype(plan.ambient), "stream": stream, "recipe": plan.fp8_recipe}
-            yield _Swap(name, Fp8Scope, settings | {"emulate": emulated, "family": _family(plan)})
-        elif _around(name, containers, root) is not unit.format and not _native(plan, unit, root):
-            kind = GemmScope if _plain(leaf) else UnitScope
-            yield _Swap(name, kind, {"dtype": _dtype(unit.format), "stream": stream})
-
-
-def _native(plan: Plan, unit: PlanUnit, root: Format | None) -> bool:
-    """Say whether a unit computes in its format with autocast off, because everything around it is stored so."""
-    if root is not None:
-        return False
-    if plan.stream is not Format.FP32:
-        return unit.format is plan.stream
-    return unit.format is Format.FP32 and plan.formats == {Format.FP32}
-
-
-def _containers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, PlanUnit]:
-    """Return the modules that can hold a scope for a whole unit, by path.
-
-    A unit's smallest common module qualifies if no other unit has a leaf in it; for attention units also if none
-    of the others is attention, since what is left (an FFN in the same block) brings its own scopes.
-    """
-    owners: dict[str, list[PlanUnit]] = {}
-    for unit in plan.units:
-        for name in unit.modules:
-            for path in _ancestors(name):
-                held = owners.setdefault(path, [])
-                if not held or held[-1] is not unit:
-                    held.append(unit)
-    found: dict[str, PlanUnit] = {}
-    for unit in plan.units:
-        if len(unit.modules) < 2 or unit.format is Format.FP8 or unit.role is Role.EMBEDDING:
-            continue
-        path = _common(unit.modules)
-        rivals = [o for o in owners[path] if o is not unit]
-        if unit.role is Role.ATTENTION:
-            rivals = [o for o in rivals if o.role not in (Role.FFN, Role.OTHER)]
-        if not rivals and path not in found and not isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
-            found[path] = unit
-    return found
-
-
-def _around(
-    path: str, containers: Mapping[str, PlanUnit], root: Format | None, *, below: bool = False
-) -> Format | None:
-    """Return the format that the scopes around a module give (its own included, unless `below`).
-
-    None is autocast off at the root: there every operation follows its operands.
-    """
-    for ancestor in _ancestors(path, itself=not below):
-        if ancestor in containers:
-            return containers[ancestor].format
-    return root
-
-
-def _ancestors(path: str, *, itself: bool = True) -> Iterator[str]:
-    """Yield a module's path and those of its ancestors, innermost first, ending with the root's ''."""
-    if itself:
-        yield path
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
-
-
-def _common(paths: tuple[str, ...]) -> str:
-    split = [path.split(".") for path in paths]
-    shared = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
-
-
-def _plain(leaf: nn.Module) -> bool:
-    """Say whether a leaf's forward is just its matmul or convolution, so that the scope may do it itself."""
-    if type(leaf) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return True
-    return type(leaf).__name__ == "Conv1D" and type(leaf).__module__ == "transformers.pytorch_utils"
-
-
-def _dtype(choice: Format) -> torch.dtype:
-    return torch_dtype(layout(choice))
-
-
-def _stream(plan: Plan) -> torch.dtype | None:
-    return None if plan.stream is Format.FP32 else _dtype(plan.stream)
-
-
-def _family(plan: Plan) -> Fp8Family:
-    """Return the FP8 layouts of the device a plan was made for; OCP where it is not a catalogued one."""
+@contextlib.contextmanager
+def fast_attention_off() -> Iterator[None]:
+    """Keep PyTorch from computing whole encoder layers from their weights, past the modules that own them."""
+    if _fast_attention["users"] == 0:
+        _fast_attention["before"] = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+    _fast_attention["users"] += 1
     try:
-        return find_device(plan.device.name).fp8_family or Fp8Family.OCP
-    except DeviceError:
-        return Fp8Family.OCP
+        yield
+    finally:
+        _fast_attention["users"] -= 1
+        if _fast_attention["users"] == 0:
+            torch.backends.mha.set_fastpath_enabled(_fast_attention["before"])

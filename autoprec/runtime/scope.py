@@ -11,6 +11,9 @@ cache off, because that cache is keyed by weight alone: a weight used in two for
 | UnitScope | a module that holds a unit | autocast in the unit's format; FP32: autocast off and float inputs |
 | GemmScope | one leaf | casts input and weight, computes with autocast off |
 | Fp8Scope | one leaf | FP8 matmul, result in the ambient format |
+| AttentionScope | MultiheadAttention | FP8 projections, attention between them in the ambient format |
+| ExpertsScope | experts in 3-D parameters | casts the operands of every product, which no autocast list has in full |
+| QuantizedScope | a packed linear layer | casts its input and makes its kernel compute in the unit's format |
 | LookupScope | an embedding | rounds the looked-up values, hands them on in the stream's format |
 """
 
@@ -26,8 +29,22 @@ from torch.nn import functional as F
 
 from autoprec.formats import Fp8Family, Fp8Recipe
 from autoprec.runtime.fp8 import fp8_emulated_matmul, fp8_matmul
+from autoprec.runtime.integrity import check_once
+from autoprec.runtime.products import CastProducts, Product, fp8_attention
 
-__all__ = ["AmbientScope", "Fp8Scope", "GemmScope", "LookupScope", "Scope", "UnitScope", "enter_scope", "leave_scope"]
+__all__ = [
+    "AmbientScope",
+    "AttentionScope",
+    "ExpertsScope",
+    "Fp8Scope",
+    "GemmScope",
+    "LookupScope",
+    "QuantizedScope",
+    "Scope",
+    "UnitScope",
+    "enter_scope",
+    "leave_scope",
+]
 
 Forward = Callable[..., Any]
 
@@ -55,6 +72,7 @@ class AmbientScope(Scope):
 
     @classmethod
     def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_once(module)
         with _autocast(_device_type(module), module._autoprec_ambient):
             return forward(module, *args, **kwargs)
 
@@ -96,16 +114,57 @@ class Fp8Scope(Scope):
 
     @classmethod
     def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, dtype = _only_input(args, kwargs), module._autoprec_dtype
+        x = _only_input(args, kwargs)
         weight_io = module.weight.t() if isinstance(module, nn.Linear) else module.weight
-        recipe = module._autoprec_recipe
         with _autocast(x.device.type, None):
-            if module._autoprec_emulate:
-                result = fp8_emulated_matmul(x.to(dtype), weight_io, recipe, module._autoprec_family)
-            else:
-                result = fp8_matmul(x.to(dtype), weight_io, recipe)
+            result = _fp8_product(module)(x, weight_io)
             if module.bias is not None:
-                result = result + module.bias.to(dtype)
+                result = result + module.bias.to(result.dtype)
+        return result if module._autoprec_stream is None else result.to(module._autoprec_stream)
+
+
+class AttentionScope(Scope):
+    """A MultiheadAttention with its projections in FP8; `_autoprec_dtype` is the dtype of their results."""
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        low = None if module._autoprec_dtype is torch.float32 else module._autoprec_dtype
+        with _autocast(_device_type(module), low):
+            result, weights = fp8_attention(module, _fp8_product(module), *args, **kwargs)
+        return (result if module._autoprec_stream is None else result.to(module._autoprec_stream)), weights
+
+
+class ExpertsScope(Scope):
+    """Experts held as 3-D parameters: every product in `_autoprec_dtype`, or in FP8 where there is a recipe."""
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        dtype, recipe = module._autoprec_dtype, module._autoprec_recipe
+        if dtype is torch.float32 and recipe is None:
+            args, kwargs = _cast(args, dtype, _LOW), _cast(kwargs, dtype, _LOW)
+        with _autocast(_device_type(module), None), CastProducts(dtype, _fp8_product(module) if recipe else None):
+            result = forward(module, *args, **kwargs)
+        return _cast(result, module._autoprec_stream) if module._autoprec_stream is not None else result
+
+
+class QuantizedScope(Scope):
+    """A linear layer with a packed weight, computing in `_autoprec_dtype`."""
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, bias, dtype = _only_input(args, kwargs), module.bias, module._autoprec_dtype
+        # the last would repack the weight in place for a kernel of BF16 alone, which nothing could undo
+        wanted = {"compute_dtype": dtype, "compute_type_is_set": True, "support_avx512bf16_for_cpu": False}
+        held = {key: vars(module)[key] for key in wanted if key in vars(module)}
+        data = None if bias is None else bias.data
+        vars(module).update({key: wanted[key] for key in held})
+        try:
+            with _autocast(x.device.type, None):
+                result = forward(module, x.to(dtype))
+        finally:
+            vars(module).update(held)
+            if data is not None:
+                bias.data = data  # such layers cast their bias in place
         return result if module._autoprec_stream is None else result.to(module._autoprec_stream)
 
 
@@ -118,7 +177,7 @@ class LookupScope(Scope):
 
 
 def enter_scope(
-    module: nn.Module, kind: type[Scope], **settings: torch.dtype | Fp8Recipe | Fp8Family | bool | None
+    module: nn.Module, kind: type[Scope], **settings: torch.dtype | Fp8Recipe | Fp8Family | bool | str | None
 ) -> None:
     """Swap `module.__class__` for its `kind` of scope with the given settings."""
     for name, value in settings.items():
@@ -127,11 +186,22 @@ def enter_scope(
 
 
 def leave_scope(module: nn.Module) -> None:
-    """Undo all `enter_scope` of `module`."""
-    while issubclass(scoped := type(module), Scope):
-        module.__class__ = scoped._autoprec_base
+    """Undo all `enter_scope` of `module`; what others swapped its class for since, as FSDP2 does, stays."""
+    own: Any = type(module)
+    module.__class__ = _unscoped(own)
     for name in [n for n in module.__dict__ if n.startswith("_autoprec_")]:
         del module.__dict__[name]
+
+
+@functools.cache
+def _unscoped(cls: type) -> type:
+    if not issubclass(cls, Scope):
+        return cls
+    if "_autoprec_base" in cls.__dict__:
+        return _unscoped(cls.__dict__["_autoprec_base"])
+    # a class made over ours: the same over the class below
+    body = {key: value for key, value in cls.__dict__.items() if key not in ("__dict__", "__weakref__", "__doc__")}
+    return type(cls.__name__, tuple(_unscoped(base) for base in cls.__bases__), body)
 
 
 #: the subclasses made so far: equal modules must share one class, or compiled code would not be shared
@@ -142,11 +212,10 @@ def _scoped(kind: type[Scope], base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base` that runs in `kind`; it keeps the name, which savers write into files."""
     if (kind, base) in _SCOPED:
         return _SCOPED[kind, base]
-    original = base.forward
 
-    @functools.wraps(original)  # keeps the signature, by which trainers choose a batch's columns
+    @functools.wraps(base.forward)  # keeps the signature, by which trainers choose a batch's columns
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return kind.run(self, original, args, kwargs)
+        return kind.run(self, base.forward, args, kwargs)  # looked up now: a class may be patched between two plans
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     body = {"forward": forward, "_autoprec_base": base, **names}
@@ -167,6 +236,14 @@ def _rebuild(kinds: tuple[type[Scope], ...], base: type[nn.Module]) -> nn.Module
     for kind in kinds:
         base = _scoped(kind, base)
     return base.__new__(base)
+
+
+def _fp8_product(module: Any) -> Product:
+    """Return x, weight [in, out] -> FP8 product with the module's settings, result in its dtype."""
+    dtype, recipe = module._autoprec_dtype, module._autoprec_recipe
+    if not module._autoprec_emulate:
+        return lambda x, weight_io: fp8_matmul(x.to(dtype), weight_io, recipe)
+    return lambda x, weight_io: fp8_emulated_matmul(x.to(dtype), weight_io, recipe, module._autoprec_family)
 
 
 def _autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:

@@ -1,0 +1,205 @@
+"""Which scopes a plan needs on a model: decided first, as a list of swaps.
+
+One ambient scope at the root, one scope at the root of each subtree that holds a whole unit, and scopes on single
+leaves where a unit shares its subtree with others. An attention unit always gets the smallest module around it,
+because the scaled dot product in between belongs to it. Where the surroundings already give a unit its format there
+is no scope at all, so a uniform plan costs one. Modules that multiply several weights in one forward (experts,
+MultiheadAttention, packed layers) have kinds of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoprec.catalog import find_device
+from autoprec.errors import DeviceError
+from autoprec.formats import Format, Fp8Family, layout
+from autoprec.plan import Plan, PlanUnit
+from autoprec.records import Role
+from autoprec.runtime.emulate import torch_dtype
+from autoprec.runtime.scope import (
+    AmbientScope,
+    AttentionScope,
+    ExpertsScope,
+    Fp8Scope,
+    GemmScope,
+    LookupScope,
+    QuantizedScope,
+    Scope,
+    UnitScope,
+)
+
+__all__ = ["Swap", "holds_experts", "is_packed", "swaps_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One module to be given a scope."""
+
+    module: str
+    kind: type[Scope]
+    settings: Mapping[str, Any]
+
+
+def is_packed(leaf: nn.Module) -> bool:
+    """Say whether a linear leaf stores its weight packed in integers, as 4- and 8-bit layers do."""
+    return isinstance(leaf, nn.Linear) and not leaf.weight.is_floating_point()
+
+
+def holds_experts(leaf: nn.Module) -> bool:
+    """Say whether a leaf owns 3-D parameters, one matrix an expert."""
+    return (
+        not isinstance(leaf, nn.Linear | nn.modules.conv._ConvNd)
+        and any(p is not None and p.dim() == 3 for p in leaf._parameters.values())
+        and not isinstance(leaf, nn.MultiheadAttention)
+    )
+
+
+def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> Iterator[Swap]:
+    """Yield every swap that puts `plan` in force; `emulated` says whether FP8 is."""
+    stored = plan.stream is plan.ambient is not Format.FP32
+    # where everything is stored in the ambient format there is nothing for autocast to do, as with model.to()
+    root = None if plan.ambient is Format.FP32 or stored else plan.ambient
+    containers = _containers(plan, modules)
+    for unit in plan.units:
+        yield from _unit_swaps(plan, unit, modules, containers, root, emulated)
+    for path, unit in containers.items():
+        if _around(path, containers, root, below=True) is not unit.format and not _native(plan, unit, root):
+            settings = {"dtype": _dtype(unit.format), "stream": _stream(plan)}
+            yield Swap(path, UnitScope, settings)
+    yield Swap("", AmbientScope, {"ambient": _dtype(root) if root else None})
+
+
+def _unit_swaps(
+    plan: Plan,
+    unit: PlanUnit,
+    modules: Mapping[str, nn.Module],
+    containers: Mapping[str, PlanUnit],
+    root: Format | None,
+    emulated: bool,
+) -> Iterator[Swap]:
+    """Yield the leaf scopes of a unit: those whose surroundings do not give the unit's format."""
+    held = next((path for path, owner in containers.items() if owner is unit), None)
+    uniform = all(u.format is plan.ambient for u in plan.units if u.role is not Role.EMBEDDING)
+    for name in unit.modules:
+        leaf = modules[name]
+        # the last leaf of a unit writes to the stream; a container does that for its unit itself
+        last = name == unit.modules[-1] and held is None and unit.role is not Role.LM_HEAD
+        stream = _stream(plan) if last else None
+        if unit.role is Role.EMBEDDING:
+            if unit.format is not Format.FP32 or plan.stream is not Format.FP32:
+                yield Swap(name, LookupScope, {"dtype": _dtype(unit.format), "stream": _dtype(plan.stream)})
+        elif unit.format is Format.FP8:
+            if not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+                settings = {"dtype": _dtype(plan.ambient), "stream": stream, "recipe": plan.fp8_recipe}
+                yield Swap(name, _fp8_kind(leaf), settings | {"emulate": emulated, "family": _family(plan)})
+        elif is_packed(leaf):
+            yield Swap(name, QuantizedScope, {"dtype": _dtype(unit.format), "stream": stream})
+        elif holds_experts(leaf):
+            # in a uniform plan they run as autocast runs them; elsewhere what autocast does not know is cast here
+            if not uniform and not (unit.format is Format.FP32 is _around(name, containers, root)):
+                yield Swap(name, ExpertsScope, {"dtype": _dtype(unit.format), "stream": stream, "recipe": None})
+        elif _around(name, containers, root) is not unit.format and not _native(plan, unit, root):
+            kind = GemmScope if _plain(leaf) else UnitScope
+            yield Swap(name, kind, {"dtype": _dtype(unit.format), "stream": stream})
+
+
+def _fp8_kind(leaf: nn.Module) -> type[Scope]:
+    if isinstance(leaf, nn.MultiheadAttention):
+        return AttentionScope
+    return ExpertsScope if holds_experts(leaf) else Fp8Scope
+
+
+def _native(plan: Plan, unit: PlanUnit, root: Format | None) -> bool:
+    """Say whether a unit computes in its format with autocast off, because everything around it is stored so."""
+    if root is not None:
+        return False
+    if plan.stream is not Format.FP32:
+        return unit.format is plan.stream
+    return unit.format is Format.FP32 and plan.formats == {Format.FP32}
+
+
+def _containers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, PlanUnit]:
+    """Return the modules that can hold a scope for a whole unit, by path.
+
+    A unit's smallest common module qualifies if no other unit has a leaf in it; for attention units also if none
+    of the others is attention, since what is left (an FFN in the same block) brings its own scopes.
+    """
+    owners: dict[str, list[PlanUnit]] = {}
+    for unit in plan.units:
+        for name in unit.modules:
+            for path in _ancestors(name):
+                held = owners.setdefault(path, [])
+                if not held or held[-1] is not unit:
+                    held.append(unit)
+    found: dict[str, PlanUnit] = {}
+    for unit in plan.units:
+        if len(unit.modules) < 2 or unit.format is Format.FP8 or unit.role is Role.EMBEDDING:
+            continue
+        path = _common(unit.modules)
+        rivals = [o for o in owners[path] if o is not unit]
+        if unit.role is Role.ATTENTION:
+            rivals = [o for o in rivals if o.role not in (Role.FFN, Role.OTHER)]
+        if not rivals and path not in found and not isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
+            found[path] = unit
+    return found
+
+
+def _around(
+    path: str, containers: Mapping[str, PlanUnit], root: Format | None, *, below: bool = False
+) -> Format | None:
+    """Return the format that the scopes around a module give (its own included, unless `below`).
+
+    None is autocast off at the root: there every operation follows its operands.
+    """
+    for ancestor in _ancestors(path, itself=not below):
+        if ancestor in containers:
+            return containers[ancestor].format
+    return root
+
+
+def _ancestors(path: str, *, itself: bool = True) -> Iterator[str]:
+    """Yield a module's path and those of its ancestors, innermost first, ending with the root's ''."""
+    if itself:
+        yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _common(paths: tuple[str, ...]) -> str:
+    split = [path.split(".") for path in paths]
+    shared = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _plain(leaf: nn.Module) -> bool:
+    """Say whether a leaf's forward is just its matmul or convolution, so that the scope may do it itself."""
+    if type(leaf) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return True
+    return type(leaf).__name__ == "Conv1D" and type(leaf).__module__ == "transformers.pytorch_utils"
+
+
+def _dtype(choice: Format) -> torch.dtype:
+    return torch_dtype(layout(choice))
+
+
+def _stream(plan: Plan) -> torch.dtype | None:
+    return None if plan.stream is Format.FP32 else _dtype(plan.stream)
+
+
+def _family(plan: Plan) -> Fp8Family:
+    """Return the FP8 layouts of the device a plan was made for; OCP where it is not a catalogued one."""
+    try:
+        return find_device(plan.device.name).fp8_family or Fp8Family.OCP
+    except DeviceError:
+        return Fp8Family.OCP
