@@ -23,6 +23,9 @@ from autoprec.runtime.sharding import sharding_conflict
 
 __all__ = ["check_once", "not_in_force", "note", "patched_forward"]
 
+#: classes of tensors that hold a parameter as it is: sharded, or seen by a compiler
+_PLAIN = frozenset({"Tensor", "Parameter", "DTensor", "FakeTensor", "FunctionalTensor"})
+
 
 def note(modules: Mapping[str, nn.Module], plan: Plan, scoped: Mapping[str, str]) -> None:
     """Write on the root what is in force: the plan, the kind of scope by module, and what each leaf is now."""

@@ -66,8 +66,9 @@ def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> It
     # where everything is stored in the ambient format there is nothing for autocast to do, as with model.to()
     root = None if plan.ambient is Format.FP32 or stored else plan.ambient
     containers = _containers(plan, modules)
+    uniform = all(u.format is plan.ambient for u in plan.units if u.role is not Role.EMBEDDING)
     for unit in plan.units:
-        yield from _unit_swaps(plan, unit, modules, containers, root, emulated)
+        yield from _unit_swaps(plan, unit, modules, containers, root, emulated, uniform)
     for path, unit in containers.items():
         if _around(path, containers, root, below=True) is not unit.format and not _native(plan, unit, root):
             settings = {"dtype": _dtype(unit.format), "stream": _stream(plan)}
@@ -82,14 +83,14 @@ def _unit_swaps(
     containers: Mapping[str, PlanUnit],
     root: Format | None,
     emulated: bool,
+    uniform: bool,
 ) -> Iterator[Swap]:
     """Yield the leaf scopes of a unit: those whose surroundings do not give the unit's format."""
-    held = next((path for path, owner in containers.items() if owner is unit), None)
-    uniform = all(u.format is plan.ambient for u in plan.units if u.role is not Role.EMBEDDING)
+    held = containers.get(_common(unit.modules)) is unit
     for name in unit.modules:
         leaf = modules[name]
         # the last leaf of a unit writes to the stream; a container does that for its unit itself
-        last = name == unit.modules[-1] and held is None and unit.role is not Role.LM_HEAD
+        last = name == unit.modules[-1] and not held and unit.role is not Role.LM_HEAD
         stream = _stream(plan) if last else None
         if unit.role is Role.EMBEDDING:
             if unit.format is not Format.FP32 or plan.stream is not Format.FP32:

@@ -116,10 +116,9 @@ class Fp8Scope(Scope):
     def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = _only_input(args, kwargs)
         weight_io = module.weight.t() if isinstance(module, nn.Linear) else module.weight
-        with _autocast(x.device.type, None):
-            result = _fp8_product(module)(x, weight_io)
-            if module.bias is not None:
-                result = result + module.bias.to(result.dtype)
+        result = _fp8_product(module)(x, weight_io)
+        if module.bias is not None:
+            result = result + module.bias.to(result.dtype)
         return result if module._autoprec_stream is None else result.to(module._autoprec_stream)
 
 
@@ -241,9 +240,14 @@ def _rebuild(kinds: tuple[type[Scope], ...], base: type[nn.Module]) -> nn.Module
 def _fp8_product(module: Any) -> Product:
     """Return x, weight [in, out] -> FP8 product with the module's settings, result in its dtype."""
     dtype, recipe = module._autoprec_dtype, module._autoprec_recipe
-    if not module._autoprec_emulate:
-        return lambda x, weight_io: fp8_matmul(x.to(dtype), weight_io, recipe)
-    return lambda x, weight_io: fp8_emulated_matmul(x.to(dtype), weight_io, recipe, module._autoprec_family)
+
+    def product(x: Tensor, weight_io: Tensor) -> Tensor:
+        with _autocast(x.device.type, None):
+            if module._autoprec_emulate:
+                return fp8_emulated_matmul(x.to(dtype), weight_io, recipe, module._autoprec_family)
+            return fp8_matmul(x.to(dtype), weight_io, recipe)
+
+    return product
 
 
 def _autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
