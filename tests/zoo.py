@@ -119,6 +119,7 @@ def gpt2() -> Case:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        loss_type="ForCausalLM",
         bos_token_id=1,
         eos_token_id=2,
     )

@@ -114,11 +114,9 @@ def _kind_of(leaf: nn.Module) -> str:
     found = []
     for parameter in leaf._parameters.values():
         if parameter is not None:
-            plain = type(parameter.data) in (torch.Tensor, nn.Parameter)
-            kind = (
-                "" if plain or type(parameter.data).__name__ == "DTensor" else f" in a {type(parameter.data).__name__}"
-            )
-            found.append(f"{str(parameter.dtype).removeprefix('torch.')}{kind}")
+            kind = type(parameter.data).__name__
+            held = "" if kind in _PLAIN else f" in a {kind}"
+            found.append(f"{str(parameter.dtype).removeprefix('torch.')}{held}")
     return " and ".join(sorted(set(found)))
 
 

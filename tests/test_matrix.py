@@ -1,0 +1,285 @@
+"""Every architecture in every format, plain and in what people put around models, against the meaning of the plan.
+
+Eager cells are compared with `reference_meaning`, which shares no code with the runtime; the cells of a wrapper with
+the eager ones. Both run the same kernels on the same operands, so all are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from autoprec import Plan, applied, apply, probe_units
+from autoprec.errors import PlanError
+from autoprec.formats import Format
+from tests.reference_meaning import meaning
+from tests.zoo import ZOO, Case
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # bitsandbytes and PEFT import torch.jit
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # what Transformers says of tiny configurations
+]
+
+CHOICES = ["fp32", "bf16", "fp16", "fp8", "mixed"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sum in one order: how work is split over threads may change with the load."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def case_of(name: str) -> Case:
+    case = ZOO[name]()
+    # 4-bit layers repack their weights in eval mode; nothing in the zoo drops anything out
+    case.model.train(name == "qlora")
+    return case
+
+
+def plan_of(model: nn.Module, choice: str) -> Plan:
+    """Return a uniform plan, or every format in turn over the units."""
+    profile = probe_units(model)
+    if choice != "mixed":
+        return Plan.uniform(profile, choice)
+    turn = [Format.BF16, Format.FP32, Format.FP16, Format.FP8]
+    wanted = {u.name: turn[i % 4] for i, u in enumerate(profile.units)}
+    able = {u.name: wanted[u.name] if wanted[u.name] in u.formats else Format.FP16 for u in profile.units}
+    return Plan.uniform(profile, "bf16").replace(able)
+
+
+def step(case: Case, model: nn.Module | None = None, around: Any = None) -> list[Tensor | None]:
+    """Return the loss and every parameter's gradient; `around` holds for the forward."""
+    runner = case if model is None else Case(model, case.batch, case.loss)
+    runner.model.zero_grad()
+    with around or nullcontext():
+        loss = runner.loss(runner.run())
+    loss.backward()  # type: ignore[no-untyped-call]
+    return [loss.detach(), *(None if p.grad is None else p.grad.clone() for p in runner.model.parameters())]
+
+
+def assert_equal(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    assert len(found) == len(expected)
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a is None) == (b is None), f"gradient {index - 1} is there on one side only"
+        assert a is None or b is None or torch.equal(a, b), f"tensor {index} (0 is the loss) differs"
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", list(ZOO))
+def test_eager_is_what_the_plan_means(name: str, choice: str) -> None:
+    case = case_of(name)
+    plan = plan_of(case.model, choice)
+    with applied(case.model, plan, emulate=True):
+        found = step(case)
+    assert_equal(found, step(case, around=meaning(case.model, plan)))
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_copies_and_saved_models_carry_the_plan(name: str) -> None:
+    case = case_of(name)
+    with applied(case.model, plan_of(case.model, "mixed"), emulate=True):
+        expected = step(case)
+        assert_equal(step(case, copy.deepcopy(case.model)), expected)
+        assert_equal(step(case, pickle.loads(pickle.dumps(case.model))), expected)
+        file = io.BytesIO()
+        torch.save(case.model, file)
+        file.seek(0)
+        assert_equal(step(case, torch.load(file, weights_only=False)), expected)
+        state = copy.deepcopy(case.model.state_dict())
+    with torch.no_grad():
+        for parameter in case.model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    # bitsandbytes writes what its weights need beside them, and reads it when a model is built, not into one
+    case.model.load_state_dict(state, strict=name != "qlora")
+    with applied(case.model, plan_of(case.model, "mixed"), emulate=True):
+        assert_equal(step(case), expected)
+
+
+def switches() -> tuple[Any, ...]:
+    autocast = (torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled())
+    return (torch.backends.mha.get_fastpath_enabled(), *autocast, torch.backends.cuda.matmul.fp32_precision)
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_remove_restores_the_very_object_and_every_switch(name: str) -> None:
+    case = case_of(name)
+    classes = {n: type(m) for n, m in case.model.named_modules()}
+    contents = {n: set(vars(m)) for n, m in case.model.named_modules()}
+    before = switches()
+    parameters, keys, plain = [id(p) for p in case.model.parameters()], list(case.model.state_dict()), step(case)
+    plan = plan_of(case.model, "mixed")
+    handle = apply(case.model, plan, emulate=True)
+    with pytest.raises(PlanError, match="in force on this model already"):
+        apply(case.model, plan, emulate=True)
+    step(case)
+    assert list(case.model.state_dict()) == keys
+    handle.remove()
+    assert {n: type(m) for n, m in case.model.named_modules()} == classes
+    assert {n: set(vars(m)) for n, m in case.model.named_modules()} == contents
+    assert [id(p) for p in case.model.parameters()] == parameters
+    assert switches() == before
+    assert_equal(step(case), plain)
+    with pytest.raises(PlanError, match="removed before"):
+        handle.remove()
+
+
+def checkpointed(model: nn.Module) -> bool:
+    """Turn activation checkpointing on; say whether the model can."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    return True
+
+
+#: models with checkpointing of their own; T5 gives other values under it in plain autocast too
+CHECKPOINTED = [n for n in ZOO if n not in ("bare_gpt", "torch_encoder", "peft_lora", "qlora", "t5")]
+
+
+@pytest.mark.parametrize("choice", ["fp16", "mixed"])
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_activation_checkpointing_recomputes_in_the_same_formats(name: str, choice: str) -> None:
+    case = ZOO[name]()
+    case.model.train()
+    config: Any = getattr(case.model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # checkpointing turns it off, and what it holds takes other roundings
+    with applied(case.model, plan_of(case.model, choice), emulate=True):
+        expected = step(case)
+        if not checkpointed(case.model):
+            # Transformers itself refuses these
+            with pytest.raises(ValueError, match="does not support activation checkpointing"):
+                case.model.gradient_checkpointing_enable()  # type: ignore[operator]
+            return
+        assert_equal(step(case), expected)
+
+
+def compiles(case: Case) -> bool:
+    """Say whether the plain model, without a plan, makes one graph."""
+    torch.compiler.reset()
+    try:
+        step(case, torch.compile(case.model, fullgraph=True, backend="aot_eager"))  # type: ignore[arg-type]
+    except Exception:
+        return False
+    finally:
+        torch.compiler.reset()
+    return True
+
+
+def compare_compiled(name: str, choice: str) -> None:
+    case = case_of(name)
+    able = compiles(case)
+    with applied(case.model, plan_of(case.model, choice), emulate=True):
+        expected = step(case)
+        if not able:
+            return
+        compiled: Any = torch.compile(case.model, fullgraph=True, backend="aot_eager")
+        found = step(case, compiled)
+        torch.compiler.reset()
+    assert_equal(found, expected)
+
+
+#: architectures of which the plain model makes one graph here; data-dependent experts and 4-bit kernels do not
+COMPILED = [n for n in ZOO if n not in ("qlora",)]
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "albert", "torch_encoder", "batchnorm_cnn"])
+def test_compiled_whole_equals_eager(name: str) -> None:
+    assert compiles(case_of(name))
+    compare_compiled(name, "mixed")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_whole_equals_eager_everywhere(name: str, choice: str) -> None:
+    compare_compiled(name, choice)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_blocks_of_one_format_share_one_graph(name: str) -> None:
+    case = case_of(name)
+    assert isinstance(case.batch, dict)
+    names = [u.name for u in probe_units(case.model).units if u.name.startswith("blocks.")]
+    plan = Plan.uniform(case.model, "bf16").replace(dict.fromkeys([n for n in names if n.endswith("ffn")], "fp32"))
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    with applied(case.model, plan), torch.no_grad():
+        for block in case.model.get_submodule({"llama": "model.layers", "bert": "bert.encoder.layer"}[name]).children():
+            block.compile(fullgraph=True, backend=counter)
+        # a cache is written at each block's own index, which is one graph each with or without a plan
+        case.model(**case.batch, **({"use_cache": False} if name == "llama" else {}))
+    torch.compiler.reset()
+    assert counter.frame_count == 1, "two blocks alike made more than one graph"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_exported_program_equals_eager(name: str) -> None:
+    case = case_of(name)
+    assert isinstance(case.batch, dict)
+    batch = {k: v for k, v in case.batch.items() if k != "labels"}
+    with applied(case.model, plan_of(case.model, "mixed"), emulate=True), torch.no_grad():
+        if name in ("llama", "gpt2"):
+            batch["use_cache"] = False  # type: ignore[assignment]  # a cache is no output that export knows
+        expected = case.model(**batch).logits
+        program = torch.export.export(case.model, (), batch, strict=False)
+        assert torch.equal(program.module()(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_adapters_put_on_afterwards_keep_the_base_in_its_format(name: str) -> None:
+    import peft
+
+    case = case_of(name)
+    targets = {"llama": ["q_proj", "down_proj"], "bert": ["query", "dense"]}[name]
+    with applied(case.model, plan_of(case.model, "mixed"), emulate=True):
+        expected = step(case)[0]
+        adapted: Any = peft.get_peft_model(case.model, peft.LoraConfig(r=4, target_modules=targets))  # type: ignore[arg-type]
+        loss = case.loss(Case(adapted, case.batch, case.loss).run())
+        # adapters begin with a factor of zeros, so they add nothing yet
+        assert torch.equal(loss.detach(), expected)  # type: ignore[arg-type]
+        loss.backward()
+        assert all(p.grad is not None for n, p in adapted.named_parameters() if "lora_B" in n)
+
+
+class Shared(nn.Module):
+    """Two blocks of one storage, the first of which runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(16, 64, bias=False), "down": nn.Linear(64, 16, bias=False)})
+            for _ in range(2)
+        )
+        for name in ("up", "down"):
+            self.blocks[1][name].weight = self.blocks[0][name].weight  # type: ignore[index]
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.blocks[0], self.blocks[0], self.blocks[1]):
+            x = x + block["down"](torch.relu(block["up"](x)))  # type: ignore[index]
+        y: Tensor = self.head(x)
+        return y
+
+
+def test_one_weight_under_two_formats() -> None:
+    torch.manual_seed(0)
+    case = Case(Shared(), torch.randn(4, 16), lambda y: y.float().square().mean())
+    plan = Plan.uniform(case.model, "bf16").replace({"blocks.0.ffn": "fp16", "blocks.1.ffn": "fp32"})
+    with applied(case.model, plan):
+        found = step(case)
+    assert_equal(found, step(case, around=meaning(case.model, plan)))
