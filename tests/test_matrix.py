@@ -197,7 +197,7 @@ def compare_compiled(name: str, choice: str) -> None:
 COMPILED = [n for n in ZOO if n not in ("qlora",)]
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "albert", "torch_encoder", "batchnorm_cnn"])
+@pytest.mark.parametrize("name", ["llama_tied", "opt", "albert", "torch_encoder", "batchnorm_cnn"])
 def test_compiled_whole_equals_eager(name: str) -> None:
     assert compiles(case_of(name))
     compare_compiled(name, "mixed")
