@@ -16,6 +16,7 @@ from torch import nn
 from autoprec.errors import DeviceError, PlanError
 from autoprec.formats import Format
 from autoprec.plan import Plan, PlanUnit, check_modules
+from autoprec.runtime.backward import compiled_backward_as_eager
 from autoprec.runtime.fp8 import fp8_misaligned, fp8_missing
 from autoprec.runtime.identity import aliases, canonical_modules, fingerprint
 from autoprec.runtime.integrity import note, patched_forward
@@ -67,6 +68,7 @@ class Applied:
             for swap in self._swaps:
                 enter_scope(self._modules[swap.module], swap.kind, name=swap.module, **swap.settings)
             note(self._modules, self.plan, {swap.module: swap.kind.__name__ for swap in self._swaps})
+            self._switches.enter_context(compiled_backward_as_eager())
             if any(isinstance(m, nn.MultiheadAttention) for m in self._modules.values()):
                 self._switches.enter_context(fast_attention_off())
             self._switches.enter_context(tf32_set(self.plan.tf32, next(iter(_devices(self.model)), "cpu")))

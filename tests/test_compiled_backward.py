@@ -1,0 +1,58 @@
+"""Blocks compiled by themselves run their backward pass in their units' formats, not in the autocast around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+from autoprec import Plan, apply, probe_units
+from autoprec.formats import Format
+from tests.zoo import ZOO
+
+# dynamo looks at .grad of each input, and a block's input is no leaf
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+config: Any = torch._functorch.config
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def gradients(plan: Plan, compiled: bool) -> dict[str, Tensor]:
+    case = ZOO["llama"]()
+    handle = apply(case.model, plan, emulate=True)
+    for block in case.model.get_submodule("model.layers").children() if compiled else ():
+        block.compile(backend="aot_eager")
+    case.loss(case.run()).backward()
+    handle.remove()
+    return {name: p.grad for name, p in case.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("choice", list(Format))
+def test_a_block_compiled_inside_the_ambient_has_its_own_backward(choice: Format) -> None:
+    profile = probe_units(ZOO["llama"]().model)
+    formats = {u.name: choice if choice in u.formats else Format.BF16 for u in profile.units}
+    plan = Plan.assign(profile, formats, ambient=Format.BF16)
+    eager, compiled = gradients(plan, False), gradients(plan, True)
+    assert eager.keys() == compiled.keys() and len(eager) > 10
+    assert [name for name in eager if not torch.equal(eager[name], compiled[name])] == []
+
+
+def test_the_switch_is_put_back_by_the_last_plan() -> None:
+    before = config.backward_pass_autocast
+    models: list[nn.Module] = [ZOO["llama"]().model for _ in range(2)]
+    first, second = (apply(model, Plan.uniform(model, "bf16")) for model in models)
+    assert config.backward_pass_autocast == "off"
+    first.remove()
+    assert config.backward_pass_autocast == "off"
+    second.remove()
+    assert config.backward_pass_autocast == before == "same_as_forward"
