@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autoprec.recommender.recommender import Recommendation, recommend
     from autoprec.records import SearchResult
     from autoprec.runtime.attach import Applied, applied, apply
+    from autoprec.runtime.audit import audit
     from autoprec.study.run import search
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _HOMES = {
     "Workload": "autoprec.probe.workload",
     "applied": "autoprec.runtime.attach",
     "apply": "autoprec.runtime.attach",
+    "audit": "autoprec.runtime.audit",
     "export": "autoprec.exporters",
     "measure": "autoprec.measurement",
     "probe_device": "autoprec.probe.device",
@@ -49,6 +51,7 @@ __all__ = [
     "Workload",
     "applied",
     "apply",
+    "audit",
     "export",
     "measure",
     "probe_device",

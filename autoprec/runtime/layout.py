@@ -34,7 +34,7 @@ from autoprec.runtime.scope import (
     UnitScope,
 )
 
-__all__ = ["Swap", "holds_experts", "is_packed", "swaps_of"]
+__all__ = ["Swap", "holders", "holds_experts", "is_packed", "swaps_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> It
     stored = plan.stream is plan.ambient is not Format.FP32
     # where everything is stored in the ambient format there is nothing for autocast to do, as with model.to()
     root = None if plan.ambient is Format.FP32 or stored else plan.ambient
-    containers = _containers(plan, modules)
+    containers = holders(plan, modules)
     uniform = all(u.format is plan.ambient for u in plan.units if u.role is not Role.EMBEDDING)
     for unit in plan.units:
         yield from _unit_swaps(plan, unit, modules, containers, root, emulated, uniform)
@@ -125,7 +125,7 @@ def _native(plan: Plan, unit: PlanUnit, root: Format | None) -> bool:
     return unit.format is Format.FP32 and plan.formats == {Format.FP32}
 
 
-def _containers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, PlanUnit]:
+def holders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, PlanUnit]:
     """Return the modules that can hold a scope for a whole unit, by path.
 
     A unit's smallest common module qualifies if no other unit has a leaf in it; for attention units also if none
