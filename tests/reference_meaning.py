@@ -146,7 +146,7 @@ class Products(TorchFunctionMode):
             return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
         with torch.autocast("cpu", enabled=False):
-            time, batch, _ = query.shape
+            time, batch = query.shape[:2]
             parts = product(query, in_weight, in_bias).chunk(3, -1)
             q, k, v = (x.reshape(time, batch, heads, -1).permute(1, 2, 0, 3) for x in parts)
             mixed = F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).reshape(time, batch, width)

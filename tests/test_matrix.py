@@ -66,7 +66,7 @@ def step(case: Case, model: nn.Module | None = None, around: Any = None) -> list
     runner.model.zero_grad()
     with around or nullcontext():
         loss = runner.loss(runner.run())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return [loss.detach(), *(None if p.grad is None else p.grad.clone() for p in runner.model.parameters())]
 
 
@@ -248,7 +248,7 @@ def test_adapters_put_on_afterwards_keep_the_base_in_its_format(name: str) -> No
     targets = {"llama": ["q_proj", "down_proj"], "bert": ["query", "dense"]}[name]
     with applied(case.model, plan_of(case.model, "mixed"), emulate=True):
         expected = step(case)[0]
-        adapted: Any = peft.get_peft_model(case.model, peft.LoraConfig(r=4, target_modules=targets))  # type: ignore[arg-type]
+        adapted: Any = peft.get_peft_model(case.model, peft.LoraConfig(r=4, target_modules=targets))
         loss = case.loss(Case(adapted, case.batch, case.loss).run())
         # adapters begin with a factor of zeros, so they add nothing yet
         assert torch.equal(loss.detach(), expected)  # type: ignore[arg-type]
