@@ -131,7 +131,7 @@ def _weights_conflict(states: Iterable[_Sharded], plan: Plan, owner: _Owner) -> 
     unit, state, dtype = next(iter(spoiled.values()))
     leaves = [name for other, *_ in spoiled.values() for name in other.modules]
     return (
-        f"{state} has param_dtype={dtype}, so it gathers weights in {_short(dtype)}, and {_units(spoiled)} compute in "
+        f"{state} has param_dtype={dtype}, so it gathers weights in {_short(dtype)}, and {_units(spoiled)} in "
         f"another format (first '{unit.name}', in {unit.format}: {_harm(unit, dtype)}). Shard with {_PLAIN}, or give "
         f"those modules a fully_shard of their own before what is around them is sharded, each with mp_policy={_WIDE}: "
         f"{_listed(leaves)}"
@@ -261,7 +261,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _units(units: Mapping[str, object]) -> str:
-    return "1 unit" if len(units) == 1 else f"{len(units)} units"
+    return "1 unit computes" if len(units) == 1 else f"{len(units)} units compute"
 
 
 def _listed(names: list[str], most: int = 8) -> str:
