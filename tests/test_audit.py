@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_matrix import CHOICES, case_of, plan_of
 from torch import Tensor, nn
+from zoo import ZOO
 
 import autoprec
 from autoprec import Plan, applied, apply, audit
 from autoprec.errors import PlanError
 from autoprec.records import Direction, OpKind
-from tests.test_matrix import CHOICES, case_of, plan_of
-from tests.zoo import ZOO
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

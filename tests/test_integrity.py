@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from zoo import ZOO, Case
 
 from autoprec import Plan, applied, apply
 from autoprec.errors import PlanError
 from autoprec.runtime.integrity import not_in_force
-from tests.zoo import ZOO, Case
 
 
 def half(case: Case) -> Plan:

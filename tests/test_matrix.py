@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from reference_meaning import meaning
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from zoo import ZOO, Case
 
 from autoprec import Plan, applied, apply, probe_units
 from autoprec.errors import PlanError
 from autoprec.formats import Format
-from tests.reference_meaning import meaning
-from tests.zoo import ZOO, Case
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # bitsandbytes and PEFT import torch.jit

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from zoo import ZOO
 
 from autoprec.formats import Format
 from autoprec.probe.units import probe_units
 from autoprec.records import LeafKind, ModelProfile
-from tests.zoo import ZOO
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # bitsandbytes and PEFT import torch.jit

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_models import BareGPT
 from torch import Tensor, nn
 from torch.nn import functional
-
-from tests.tiny_models import BareGPT
 
 __all__ = ["ZOO", "Case"]
 
