@@ -1,6 +1,6 @@
 """One of two processes that train the models of the zoo under DDP and FSDP2 and compare with what one process gets.
 
-Started by `tests/test_matrix_distributed.py` as `python -m tests.distributed_worker FOLDER RANK SUITE`; writes one
+Started by `tests/test_matrix_distributed.py` as `python -m distributed_worker FOLDER RANK SUITE`; writes one
 line of JSON for each cell to FOLDER/rank<RANK>.jsonl: its name and what was wrong, nothing if all was equal.
 """
 

@@ -23,10 +23,10 @@ Found = dict[str, list[list[str]]]
 
 def _run(folder: Path, suite: str, seconds: float) -> Found:
     """Run a suite in two processes and return what each of them found for each cell."""
-    command = [sys.executable, "-m", "tests.distributed_worker", str(folder)]
+    command = [sys.executable, "-m", "distributed_worker", str(folder)]
     logs = [(folder / f"log{rank}").open("w") for rank in range(WORLD)]
     processes = [
-        subprocess.Popen([*command, str(rank), suite], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        subprocess.Popen([*command, str(rank), suite], cwd=ROOT / "tests", stdout=log, stderr=subprocess.STDOUT)
         for rank, log in enumerate(logs)
     ]
     until = time.monotonic() + seconds
