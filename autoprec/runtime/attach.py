@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from torch import nn
 from autoprec.errors import DeviceError, PlanError
 from autoprec.formats import Format
 from autoprec.plan import Plan, PlanUnit, check_modules
-from autoprec.runtime.backward import compiled_backward_as_eager
 from autoprec.runtime.fp8 import fp8_misaligned, fp8_missing
 from autoprec.runtime.identity import aliases, canonical_modules, fingerprint
 from autoprec.runtime.integrity import note, patched_forward
@@ -24,6 +22,7 @@ from autoprec.runtime.layout import Swap, holds_experts, is_packed, swaps_of
 from autoprec.runtime.scope import Scope, enter_scope, leave_scope
 from autoprec.runtime.sharding import sharding_conflict
 from autoprec.runtime.storage import LoweredStorage, lower_storage
+from autoprec.runtime.switches import COMPILED_BACKWARD_AS_EAGER, FAST_ATTENTION_OFF
 from autoprec.runtime.tf32 import tf32_set
 
 __all__ = ["Applied", "applied", "apply"]
@@ -68,9 +67,9 @@ class Applied:
             for swap in self._swaps:
                 enter_scope(self._modules[swap.module], swap.kind, name=swap.module, **swap.settings)
             note(self._modules, self.plan, {swap.module: swap.kind.__name__ for swap in self._swaps})
-            self._switches.enter_context(compiled_backward_as_eager())
+            self._switches.enter_context(COMPILED_BACKWARD_AS_EAGER)
             if any(isinstance(m, nn.MultiheadAttention) for m in self._modules.values()):
-                self._switches.enter_context(fast_attention_off())
+                self._switches.enter_context(FAST_ATTENTION_OFF)
             self._switches.enter_context(tf32_set(self.plan.tf32, next(iter(_devices(self.model)), "cpu")))
         except BaseException:
             self._detach()  # all or nothing, also on Ctrl-C
@@ -107,7 +106,7 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
     emulated = _check_device(model, plan, modules, emulate)
     swaps = tuple(swaps_of(plan, modules, emulated))
     _check_forwards(swaps, modules)
-    if conflict := sharding_conflict(modules, plan):
+    if conflict := sharding_conflict(dict(model.named_modules()), plan):  # wrappers among them
         raise PlanError(conflict)
     storage = lower_storage(model, plan, modules) if plan.stream is not Format.FP32 else None
     handle = Applied(
@@ -231,22 +230,3 @@ def _check_fp8(unit: PlanUnit, name: str, leaf: nn.Module, emulate: bool) -> Non
         outputs, inputs = (columns, rows) if type(leaf).__name__ == "Conv1D" else (rows, columns)
         if wrong := fp8_misaligned(inputs, outputs):
             raise PlanError(f"unit '{unit.name}': {name} cannot take fp8: {wrong}")
-
-
-#: plans in force on models with MultiheadAttention, and how PyTorch's switch stood before the first of them
-_fast_attention: dict[str, Any] = {"users": 0, "before": True}
-
-
-@contextlib.contextmanager
-def fast_attention_off() -> Iterator[None]:
-    """Keep PyTorch from computing whole encoder layers from their weights, past the modules that own them."""
-    if _fast_attention["users"] == 0:
-        _fast_attention["before"] = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-    _fast_attention["users"] += 1
-    try:
-        yield
-    finally:
-        _fast_attention["users"] -= 1
-        if _fast_attention["users"] == 0:
-            torch.backends.mha.set_fastpath_enabled(_fast_attention["before"])
