@@ -247,6 +247,20 @@ def a_lowering_policy_set_after_apply_stops_the_first_forward(work: Work) -> lis
 
 
 @_scenario
+def what_a_wrapper_holds_in_fp32_is_not_stored_low(work: Work) -> list[str]:
+    wrong = []
+    for wrapper in ("ddp", "fsdp2"):
+        case = _here("llama")
+        plan = Plan.cast(case.model, "bf16")
+        try:
+            apply(wrap(case.model, wrapper, work.mesh), plan)
+            wrong.append(f"{wrapper}: apply took it")
+        except PlanError as error:
+            wrong += [] if "Apply the plan before" in str(error) else [str(error)]
+    return wrong
+
+
+@_scenario
 def the_mend_is_right(work: Work) -> list[str]:
     """What the error tells to do gives the plan's bits: FP32 units sharded by themselves, the rest gathered in BF16."""
     profile = probe_units(ZOO["llama"]().model)

@@ -69,8 +69,12 @@ def _turns(extra: str = "") -> Iterator[Cell]:
 
 _COMPILED = ("llama", "gpt2", "bert", "peft_lora", "bare_gpt")
 
+#: what a wrapper holds in FP32 cannot be stored low afterwards, which `apply` says
+_CAST = (Cell("llama", "cast", "ddp", "before"), Cell("llama", "cast", "fsdp2", "before"))
+
 FAST = (
     *_turns(),
+    *_CAST,
     *(Cell("llama", p, w, o) for p in FORMATS[:-1] for w in WRAPPERS for o in ORDERS),
     *(Cell(m, "mixed", w, o, "checkpoint") for m in ("llama", "t5") for w in WRAPPERS for o in ORDERS),
 )
@@ -82,7 +86,9 @@ NIGHTLY = (
 
 
 def plan_of(profile: ModelProfile, name: str) -> Plan:
-    """Return the uniform plan of a format, or for 'mixed' one that deals all formats among the units."""
+    """Return the uniform plan of a format; for 'mixed' one that deals all formats, for 'cast' one stored in BF16."""
+    if name == "cast":
+        return Plan.cast(profile, Format.BF16)
     if name != "mixed":
         return Plan.uniform(profile, name)
     formats = {}

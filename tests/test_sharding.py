@@ -173,6 +173,19 @@ def test_a_stream_in_bf16_does_not_take_a_widening(model: nn.Module) -> None:
     assert "without autocast" in conflict(shard(model.to(BF16), {"param_dtype": FP32}), plan)
 
 
+def test_fp32_shards_are_no_place_for_a_plan_that_stores_bf16(model: nn.Module) -> None:
+    plan = Plan.cast(model, "bf16")
+    assert "Apply the plan before fully_shard" in conflict(shard(model, {}), plan)
+
+
+def test_ddp_around_fp32_weights_is_no_place_for_a_plan_that_stores_bf16(model: nn.Module) -> None:
+    plan = Plan.cast(model, "bf16")
+    said = sharding_conflict(dict(DistributedDataParallel(model).named_modules()), plan) or ""
+    assert "gradients would not be averaged" in said and "before DistributedDataParallel" in said
+    low = DistributedDataParallel(ZOO["llama"]().model.to(BF16))
+    assert sharding_conflict(dict(low.named_modules()), plan) is None
+
+
 def test_modules_sharded_as_one_group(model: nn.Module, uniform: Uniform) -> None:
     mesh = init_device_mesh("cpu", (1,))
     members = [model.get_submodule(name) for name in ("model.norm", "lm_head")]

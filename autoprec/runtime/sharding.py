@@ -49,14 +49,14 @@ def sharding_conflict(modules: Mapping[str, nn.Module], plan: Plan) -> str | Non
     """
     root = modules[""]
     every = {id(m): m for m in (*modules.values(), *root.modules())}.values()
-    if found := _ddp_conflict(root, every):
+    if found := _ddp_conflict(root, every, plan):
         return found
     names = {id(module): name for name, module in canonical_modules(root).items()}
     owner = _Owner(names, {name: unit for unit in plan.units for name in unit.modules})
     if found := _fsdp1_conflict(every, owner):
         return found
     states = tuple(_sharded(every, names))
-    found = _weights_conflict(states, plan, owner)
+    found = _storage_conflict(states, plan, owner) or _weights_conflict(states, plan, owner)
     return found or next(filter(None, (_values_conflict(s, plan, owner) for s in states)), None)
 
 
@@ -112,6 +112,22 @@ def _sharded(modules: Iterable[nn.Module], names: Mapping[int, str]) -> Iterator
 def _name(module: nn.Module, names: Mapping[int, str]) -> str:
     """Return a module's canonical name; that of what it stands around for a wrapper."""
     return next((names[id(inner)] for inner in module.modules() if id(inner) in names), "")
+
+
+def _storage_conflict(states: Iterable[_Sharded], plan: Plan, owner: _Owner) -> str | None:
+    """Say whether a plan that stores weights low meets FP32 shards, which nothing outside FSDP2 can lower."""
+    if plan.stream is Format.FP32:
+        return None
+    for state in states:
+        for held in (param for group in state.groups for param in group.fsdp_params):
+            unit = owner.of(held._module_info.module)
+            lowered = unit is None or unit.format is plan.stream
+            if lowered and held.sharded_param.dtype is torch.float32:
+                return (
+                    f"the plan stores weights in {plan.stream}, and {state} holds them in fp32 already. Apply the plan "
+                    f"before fully_shard, or load the model with dtype={torch_dtype(layout(plan.stream))}"
+                )
+    return None
 
 
 def _weights_conflict(states: Iterable[_Sharded], plan: Plan, owner: _Owner) -> str | None:
@@ -207,9 +223,17 @@ def _entry_harmed(plan: Plan, dtype: torch.dtype) -> str | None:
 # the others
 
 
-def _ddp_conflict(root: nn.Module, modules: Iterable[nn.Module]) -> str | None:
-    """Say whether DDP was given its private `mixed_precision`, which replaces weights by low copies."""
-    given = any(isinstance(m, nn.parallel.DistributedDataParallel) and m.mixed_precision is not None for m in modules)
+def _ddp_conflict(root: nn.Module, modules: Iterable[nn.Module], plan: Plan) -> str | None:
+    """Say whether DDP was given its private `mixed_precision`, or holds weights whose dtype the plan would change."""
+    wrappers = [m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)]
+    wide = any(p.dtype is torch.float32 for m in wrappers for p in m.parameters())
+    if wide and plan.stream is not Format.FP32 and any(u.format is plan.stream for u in plan.units):
+        return (
+            f"the plan stores weights in {plan.stream}, and DistributedDataParallel has its hooks on the fp32 ones: "
+            "gradients would not be averaged any more. Apply the plan before DistributedDataParallel(model), or load "
+            f"the model with dtype={torch_dtype(layout(plan.stream))}"
+        )
+    given = any(m.mixed_precision is not None for m in wrappers)
     if given or any(hasattr(p, "_mp_param") for p in root.parameters()):
         return (
             "DistributedDataParallel has mixed_precision set, which replaces all weights by low-precision copies "
