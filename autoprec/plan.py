@@ -17,7 +17,9 @@ from autoprec.errors import PlanError, closest
 from autoprec.files import as_json, from_json, read_json, write_json
 from autoprec.formats import Format, Fp8Recipe
 from autoprec.records import (
+    STRICT,
     DeviceProfile,
+    Figure,
     Mode,
     ModelProfile,
     Origin,
@@ -30,7 +32,6 @@ from autoprec.records import (
 __all__ = [
     "SCHEMA",
     "Evidence",
-    "Figure",
     "GradScalerSettings",
     "Plan",
     "PlanDevice",
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 SCHEMA = "autoprec/plan@1"
-_STRICT = {"extra": "forbid"}
 #: the training arguments that follow from the formats; others are the user's own
 _MANAGED = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32")
 
@@ -60,7 +60,7 @@ def set_profiler(profiler: Callable[[Any], ModelProfile]) -> None:
 class PlanModel:
     """The model a plan was made for."""
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
     id: str
     class_name: str  #: `class` in the file, which is no name in Python
     fingerprint: str
@@ -70,7 +70,7 @@ class PlanModel:
 class PlanDevice:
     """The device a plan was made for; `origin` says whether it was measured or taken from the catalogue."""
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
     name: str
     kind: str
     origin: Origin
@@ -80,7 +80,7 @@ class PlanDevice:
 class PlanUnit:
     """A unit with its format and the reason for it."""
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
     name: str
     role: Role
     modules: tuple[str, ...]
@@ -92,7 +92,7 @@ class PlanUnit:
 class GradScalerSettings:
     """Dynamic loss scaling; the defaults are those of `torch.amp.GradScaler`."""
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
     init_scale: float = 65536.0
     growth_factor: float = 2.0
     backoff_factor: float = 0.5
@@ -100,21 +100,10 @@ class GradScalerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A value with its 95 % interval, unit and origin."""
-
-    __pydantic_config__: ClassVar = _STRICT
-    value: float
-    ci95: tuple[float, float] | None
-    unit: str
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """What is known about a plan; None where nothing is."""
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
     drop: Figure | None = None
     step_ms: Figure | None = None
     speedup: Figure | None = None
@@ -147,7 +136,7 @@ class Plan:
     A plan does not promise to run on a device that lacks one of its formats: `apply` raises there.
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
 
     schema: str = SCHEMA
     model: PlanModel

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from autoprec.formats import Format
-from autoprec.plan import Evidence, Figure, Plan
+from autoprec.plan import Evidence, Plan
 from autoprec.records import (
     DeviceProfile,
     Estimate,
+    Figure,
     FormatSupport,
     GemmRate,
     Leaf,

@@ -19,7 +19,6 @@ from autoprec.formats import Format, Fp8Recipe
 from autoprec.plan import (
     SCHEMA,
     Evidence,
-    Figure,
     GradScalerSettings,
     Plan,
     PlanDevice,
@@ -30,6 +29,7 @@ from autoprec.plan import (
 )
 from autoprec.records import (
     DeviceProfile,
+    Figure,
     FormatSupport,
     Leaf,
     LeafKind,

@@ -8,8 +8,8 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 
-from autoprec.plan import Figure, Plan, PlanUnit
-from autoprec.records import Origin
+from autoprec.plan import Plan, PlanUnit
+from autoprec.records import Figure, Origin
 from autoprec.report.figures import bytes_text, format_counts, interval, megabytes, number, origin_note
 from autoprec.report.grouping import Run, few, runs
 from autoprec.report.layout import INDENT, Column, print_facts, print_heading, print_table

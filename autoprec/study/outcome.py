@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from autoprec.plan import Evidence, Figure
+from autoprec.plan import Evidence
 from autoprec.quantities import DropLimit
-from autoprec.records import DeviceProfile, Measurement, Origin, Verdict
+from autoprec.records import DeviceProfile, Figure, Measurement, Origin, Verdict
 from autoprec.study.front import pareto_front
 from autoprec.study.verdict import best_uniform, choose, decide
 

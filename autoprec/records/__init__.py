@@ -1,0 +1,44 @@
+"""The frozen records that flow through the house. Units are in the field names; every figure has its origin."""
+
+from __future__ import annotations
+
+from autoprec.records.audited import AuditReport, AuditRow, BehindUse, CastRow, Direction, KernelRow, OpKind
+from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Support
+from autoprec.records.figures import STRICT, Estimate, Figure, Origin
+from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
+from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
+from autoprec.records.searched import Progress, Removal, SearchResult, Verdict, VerdictDecision
+
+__all__ = [
+    "STRICT",
+    "AuditReport",
+    "AuditRow",
+    "BehindUse",
+    "CastRow",
+    "DeviceProfile",
+    "Direction",
+    "Estimate",
+    "Figure",
+    "FormatSupport",
+    "GemmRate",
+    "KernelRow",
+    "Leaf",
+    "LeafKind",
+    "Measurement",
+    "MeasurementOrigins",
+    "Mode",
+    "ModelProfile",
+    "OpKind",
+    "Origin",
+    "Pinned",
+    "Progress",
+    "Removal",
+    "Role",
+    "SearchResult",
+    "Support",
+    "Task",
+    "Unit",
+    "Verdict",
+    "VerdictDecision",
+    "role_formats",
+]
