@@ -38,6 +38,7 @@ FLOORS = {
     "recommender": 5,
     "exporters": 5,
     "measurement": 6,
+    "verification": 6,
     "doctor": 6,
     "study": 7,
     "integrations": 8,
@@ -51,6 +52,7 @@ NEIGHBOURS = {
     ("recommender", "probe"),
     ("exporters", "probe"),
     ("doctor", "measurement"),
+    ("verification", "measurement"),
     ("files", "formats"),
     ("quantities", "formats"),
 }

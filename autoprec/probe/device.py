@@ -20,7 +20,7 @@ from autoprec.probe.host import cpu_instructions, cpu_memory_bytes, cpu_name, sl
 from autoprec.probe.rates import Trial, copy_rate, fault_text, gemm_trials, matmuls, strict_fp32
 from autoprec.records import DeviceProfile, FormatSupport, GemmRate, Origin, Support
 
-__all__ = ["probe_device", "resolve_device"]
+__all__ = ["device_name", "probe_device", "resolve_device"]
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 _SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 4096, 8192), "xpu": (1024, 2048, 4096), "mps": (512, 1024, 2048)}
@@ -113,6 +113,12 @@ def _torch_name(device: torch.device) -> str:
     return "Apple MPS" if device.type == "mps" else cpu_name()
 
 
+def device_name(here: torch.device) -> str:
+    """Return the name of a device that is here: the catalogue's, else a slug of what torch or the system calls it."""
+    entry = catalogue_match(_torch_name(here)) if here.type != "cpu" else None
+    return entry.profile.name if entry else slug(_torch_name(here))
+
+
 def _measured(here: torch.device, seconds: float) -> DeviceProfile:
     """Measure a device that is here; what only a datasheet knows comes from its catalogue entry."""
     capability = torch.cuda.get_device_capability(here) if here.type == "cuda" and not torch.version.hip else None
@@ -125,7 +131,7 @@ def _measured(here: torch.device, seconds: float) -> DeviceProfile:
     formats[Format.FP8] = _fp8_support(here, family, recipes, failed, last)
     has_fp8 = formats[Format.FP8].support is not Support.ABSENT
     profile = DeviceProfile(
-        name=entry.profile.name if entry else slug(_torch_name(here)),
+        name=device_name(here),
         kind=here.type,
         origin=Origin.MEASURED,
         formats=formats,

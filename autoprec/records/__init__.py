@@ -8,6 +8,7 @@ from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
 from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
 from autoprec.records.searched import Progress, Removal, SearchResult, Verdict, VerdictDecision
+from autoprec.records.verified import Check, CheckOutcome, Verification
 
 __all__ = [
     "STRICT",
@@ -15,6 +16,8 @@ __all__ = [
     "AuditRow",
     "BehindUse",
     "CastRow",
+    "Check",
+    "CheckOutcome",
     "DeviceProfile",
     "Direction",
     "Estimate",
@@ -40,5 +43,6 @@ __all__ = [
     "Unit",
     "Verdict",
     "VerdictDecision",
+    "Verification",
     "role_formats",
 ]

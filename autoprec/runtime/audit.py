@@ -16,6 +16,7 @@ from autoprec.plan import Plan
 from autoprec.records import AuditReport
 from autoprec.runtime.identity import canonical_modules
 from autoprec.runtime.integrity import not_in_force
+from autoprec.runtime.kernels import kernels_of
 from autoprec.runtime.recording import DotProducts, Recorder
 
 __all__ = ["audit"]
@@ -53,20 +54,24 @@ def audit(
     seen = Recorder(plan, modules)
     call = run or (lambda: _call(model, batch))
     devices = [next(modules[""].parameters()).device] if next(modules[""].parameters()).is_cuda else []
-    started = time.perf_counter()
+
+    def step() -> None:
+        scalar = (loss or _scalar)(call())
+        if backward:
+            scalar.backward()
+
     with (
         torch.compiler.set_stance("force_eager"),
         torch.random.fork_rng(devices=devices),
         _kept(modules[""]),
         torch.set_grad_enabled(backward),
-        _followed(seen),
-        DotProducts(seen),
-        seen,
     ):
-        scalar = (loss or _scalar)(call())
-        if backward:
-            scalar.backward()
-    return seen.report(backward, (time.perf_counter() - started) * 1e3)
+        started = time.perf_counter()
+        with _followed(seen), DotProducts(seen), seen:
+            step()
+        ms = (time.perf_counter() - started) * 1e3
+        owners = {leaf: unit.name for leaf, unit in seen.leaves.items()}
+        return seen.report(backward, ms, kernels_of(step, owners) if devices else ())
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

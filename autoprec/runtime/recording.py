@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.formats import Format
 from autoprec.plan import Plan, PlanUnit
-from autoprec.records import AuditReport, AuditRow, BehindUse, CastRow, Direction, OpKind, Origin, Role
+from autoprec.records import AuditReport, AuditRow, BehindUse, CastRow, Direction, KernelRow, OpKind, Origin, Role
 from autoprec.runtime.layout import holders, holds_experts
 
 __all__ = ["DotProducts", "Recorder"]
@@ -228,8 +228,8 @@ class Recorder(TorchDispatchMode):
 
     # what it comes to
 
-    def report(self, backward: bool, ms: float) -> AuditReport:
-        """Return the record of what was seen."""
+    def report(self, backward: bool, ms: float, kernels: tuple[KernelRow, ...]) -> AuditReport:
+        """Return the record of what was seen in a step that took `ms` milliseconds and launched `kernels`."""
         rows = tuple(self._row(key, entry) for key, entry in self.rows.items())
         behind = tuple(self.behind.values())
         wrong = [_sentence(row) for row in rows if row.agrees is False]
@@ -252,7 +252,7 @@ class Recorder(TorchDispatchMode):
             ),
             behind=behind,
             unused=tuple(name for name in leaves if name not in self.used),
-            kernels=(),
+            kernels=kernels,
             step_ms=ms,
             origin=Origin.MEASURED,
             disagreements=tuple(wrong),

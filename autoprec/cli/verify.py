@@ -1,0 +1,68 @@
+"""`autoprec verify`: a plan measured again, here, and what every operator of a step really ran in."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from autoprec.cli.common import (
+    device_option,
+    errors_console,
+    json_option,
+    print_json,
+    quiet,
+    result_console,
+    workload_options,
+)
+from autoprec.cli.running import build_workload
+from autoprec.errors import ModelError, PlanError
+from autoprec.plan import Plan
+
+__all__ = ["command"]
+
+
+@click.command("verify")
+@click.argument("plan", metavar="PLAN")
+@click.argument("model", required=False)
+@workload_options
+@device_option
+@click.option("--emulate", is_flag=True, help="FP8 by its rounding, without its speed, where the device has none.")
+@json_option
+def command(plan: str, model: str | None, emulate: bool, as_json: bool, **workload: Any) -> None:
+    """Measure a plan again, here, and audit what it runs in.
+
+    PLAN is a plan.json. MODEL is as for search; without it the plan's own.
+    One step is audited, operator by operator; then the plan is measured
+    beside FP32 and held against the figures it came with. Exit code 1 where
+    it does not hold. Give the same data options as to the search.
+    """
+    from autoprec.files import as_json as plain_data
+    from autoprec.report.audits import print_verification
+    from autoprec.report.progress import News
+
+    wanted = Plan.load(plan)
+    with quiet(), News(errors_console()) as news:
+        name = model or wanted.model.id
+        news.doing(f"Loading {name}")
+        try:
+            built = build_workload(name, mode=wanted.mode, **workload)
+        except ModelError as error:
+            if model is not None:
+                raise
+            raise ModelError(
+                f"{error} (the model's name is the plan's; name the model yourself: "
+                f"autoprec verify {shlex.quote(plan)} MODEL)"
+            ) from error
+        for note in built.notes:
+            news.say(note)
+        from autoprec.verification import verify
+
+        found = verify(built, wanted, emulate, tell=news.doing)
+    if as_json:
+        print_json(plain_data(found))
+    else:
+        print_verification(result_console(), found)
+    if not found.holds:
+        raise PlanError(f"the plan does not hold here: {found.problems[0]}")

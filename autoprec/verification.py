@@ -1,0 +1,150 @@
+"""Measuring a plan again, here: one step audited, then its figures taken and held against those the plan came with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from autoprec.measurement import Request, evaluate
+from autoprec.plan import Plan
+from autoprec.probe.device import device_name
+from autoprec.probe.steps import device_of, kept_state, plain_fp32
+from autoprec.probe.workload import Workload
+from autoprec.records import AuditReport, Check, CheckOutcome, Figure, Measurement, Mode, Verification
+from autoprec.runtime.attach import applied
+from autoprec.runtime.audit import audit
+from autoprec.runtime.identity import weights_digest
+
+__all__ = ["verify"]
+
+#: two times within 2 % count as the same; a peak of memory moves as much with the allocator's blocks
+_SAME = 0.02
+
+
+def verify(
+    workload: Workload, plan: Plan, emulate: bool = False, *, tell: Callable[[str], None] = lambda text: None
+) -> Verification:
+    """Audit one step of a plan on a workload, measure it against FP32, and compare with the plan's own figures.
+
+    A plan holds when every operator ran in the format planned, the plan could be run to its end, and none of its
+    figures is worse here by more than the noise of the two. Figures of other data, weights or devices differ for good
+    reasons: the plan names its weights and device, and a difference in these is a warning.
+
+    Args:
+        workload: model and batches, on the device to measure on, in the plan's mode.
+        plan: a plan for this model.
+        emulate: compute FP8 with its rounding and none of its speed where the device has none.
+        tell: called with a sentence as each part begins.
+
+    Raises:
+        PlanError, DeviceError: as `autoprec.apply`.
+        MeasurementError: the reference cannot be run, or its output is not finite.
+    """
+    here = device_of(workload.model)
+    tell("Auditing one step")
+    report = _audited(workload, plan, emulate)
+    tell("Measuring the plan beside FP32")
+    found = evaluate(Request(workload=workload, plan=plan, emulate=emulate))
+    checks = _checks(plan, found, here)
+    problems = [*report.disagreements]
+    if found.drop is None:
+        problems.append(f"the plan could not be measured: {found.reason}")
+    problems += [
+        f"{check.figure} is worse than the plan says: {_text(check.here)}, against {_text(check.said)}"
+        for check in checks
+        if check.outcome is CheckOutcome.WORSE
+    ]
+    return Verification(
+        model_id=workload.model_id,
+        device=device_name(here),
+        mode=workload.mode,
+        measurement=found,
+        checks=checks,
+        audit=report,
+        warnings=tuple(_warnings(workload, plan, report, here)),
+        problems=tuple(problems),
+        holds=not problems,
+    )
+
+
+def _audited(workload: Workload, plan: Plan, emulate: bool) -> AuditReport:
+    batch, training = workload.batches[0], workload.mode is Mode.TRAIN
+    with kept_state(workload.model, weights=False), plain_fp32(device_of(workload.model).type):
+        workload.model.train(training)
+        with applied(workload.model, plan, emulate):
+            return audit(
+                workload.model,
+                plan,
+                batch,
+                run=lambda: workload.forward(batch),
+                loss=lambda raw: workload.training_loss(batch, raw),
+                backward=training,
+            )
+
+
+def _checks(plan: Plan, found: Measurement, here: torch.device) -> tuple[Check, ...]:
+    """Compare each figure of the plan with the one here; smaller is better, but for the speedup."""
+    known, elsewhere = plan.evidence, plan.device.name not in ("any", device_name(here))
+    other = f"the plan's is of {plan.device.name}" if elsewhere else None
+    whole = "it is the whole process's on a CPU" if here.type == "cpu" else None
+    asked = (
+        ("drop", known.drop, found.drop, found.drop_ci95, found.origin.drop, 0.0, None),
+        ("speedup", known.speedup, found.speedup, found.speedup_ci95, found.origin.step_ms, _SAME, other),
+        ("peak_bytes", known.peak_bytes, found.peak_bytes, None, found.origin.peak_bytes, _SAME, other or whole),
+    )
+    checks = []
+    for name, said, value, ci95, origin, slack, reason in asked:
+        if said is None:
+            continue
+        if value is None or origin is None:
+            checks.append(_check(name, said, None, CheckOutcome.NOT_COMPARED, found.reason or "it was not measured"))
+            continue
+        mine = Figure(value=value, ci95=ci95, unit=said.unit, origin=origin)
+        outcome = (
+            CheckOutcome.NOT_COMPARED if reason else _outcome(said, mine, slack, larger_is_better=name == "speedup")
+        )
+        checks.append(_check(name, said, mine, outcome, reason))
+    return tuple(checks)
+
+
+def _check(name: str, said: Figure, here: Figure | None, outcome: CheckOutcome, reason: str | None) -> Check:
+    return Check(figure=name, said=said, here=here, outcome=outcome, reason=reason)
+
+
+def _outcome(said: Figure, here: Figure, slack: float, *, larger_is_better: bool) -> CheckOutcome:
+    """Say how two figures stand: the same where their intervals, widened by the slack, meet."""
+    said_low, said_high = said.ci95 or (said.value, said.value)
+    low, high = here.ci95 or (here.value, here.value)
+    if high < said_low * (1 - slack):
+        return CheckOutcome.WORSE if larger_is_better else CheckOutcome.BETTER
+    if low > said_high * (1 + slack):
+        return CheckOutcome.BETTER if larger_is_better else CheckOutcome.WORSE
+    return CheckOutcome.SAME
+
+
+def _warnings(workload: Workload, plan: Plan, report: AuditReport, here: torch.device) -> list[str]:
+    known, name = plan.evidence, device_name(here)
+    found = []
+    if plan.device.name not in ("any", name):
+        found.append(f"the plan was made for {plan.device.name} ({plan.device.origin}); this is {name}")
+    if plan.mode is not workload.mode:
+        found.append(f"the plan was made for mode {plan.mode}; it was run in mode {workload.mode}")
+    if known.weights_digest and known.weights_digest != weights_digest(workload.model):
+        found.append("the plan's figures were measured on other weights of this model")
+    torch_then = known.versions.get("torch")
+    if torch_then and torch_then != str(torch.__version__):
+        found.append(f"the plan was measured with torch {torch_then}; this is {torch.__version__}")
+    if known.drop is None and known.speedup is None:
+        found.append("the plan came without measured figures, so there is nothing to compare these with")
+    if report.unused:
+        names = ", ".join(report.unused[:3]) + (f" and {len(report.unused) - 3} more" if report.unused[3:] else "")
+        found.append(f"never called in this step, so nothing is known of them: {names}")
+    return found
+
+
+def _text(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    interval = f" [{figure.ci95[0]:.4g}, {figure.ci95[1]:.4g}]" if figure.ci95 else ""
+    return f"{figure.value:.4g}{interval} {figure.unit}"
