@@ -33,7 +33,7 @@ from autoprec.plan import Plan
 from autoprec.records import DeviceProfile, ModelProfile, SearchResult
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("probe", "recommend", "search", "show", "export")
+COMMANDS = ("probe", "recommend", "search", "show", "verify", "export")
 
 
 def autoprec_run(*arguments: str) -> Result:
@@ -326,6 +326,13 @@ def test_show_a_plan(plan_file: str) -> None:
     result = autoprec_run("show", plan_file)
     assert result.exit_code == 0
     assert "blocks.0-2.attention" in result.stdout
+    for said in (
+        "What runs",
+        "operands and results rounded to bf16",
+        "autoprec.apply(model",
+        "autoprec verify plan.json",
+    ):
+        assert said in result.stdout
     assert Plan.from_json(one_document(autoprec_run("show", plan_file, "--json").stdout)) == samples.plan()
 
 

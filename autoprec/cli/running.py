@@ -8,13 +8,22 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprec.errors import AutoprecError, DeviceError
+from autoprec.errors import AutoprecError, DeviceError, PlanError
 from autoprec.files import read_json
 
 if TYPE_CHECKING:
     from autoprec.probe.workload import Workload
 
-__all__ = ["RUNS", "build_workload", "model_of_run", "new_run", "newest_run", "read_settings", "slug"]
+__all__ = [
+    "RUNS",
+    "build_workload",
+    "model_of_run",
+    "new_run",
+    "newest_run",
+    "plan_path",
+    "read_settings",
+    "slug",
+]
 
 RUNS = Path("autoprec-runs")
 SETTINGS = Path("autoprec.toml")
@@ -54,6 +63,23 @@ def new_run(model: str) -> Path:
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     return folder
+
+
+def plan_path(given: str) -> Path:
+    """Return the plan file that is meant: the file itself, or the plan of a run folder.
+
+    Raises:
+        PlanError: a folder without a plan.
+    """
+    path = Path(given)
+    if not path.is_dir():
+        return path
+    if not (path / "plan.json").exists():
+        raise PlanError(
+            f"{path} is a folder without plan.json: its search has not ended, or found no plan worth using. "
+            f"See what it found: autoprec show {path}"
+        )
+    return path / "plan.json"
 
 
 def newest_run(model: str | None = None) -> Path | None:

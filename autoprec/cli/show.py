@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,9 @@ from autoprec.files import as_json as plain_data
 from autoprec.files import from_json, read_json
 from autoprec.plan import Plan
 from autoprec.records import SearchResult
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["command"]
 
@@ -29,12 +33,15 @@ def command(what: str, as_json: bool) -> None:
     from autoprec.report.terminal import print_paths, print_plan, print_result
 
     path = _file_of(Path(what))
-    record = _read(path)
+    schema, record = _read(path)
     if isinstance(record, Plan):
         if as_json:
             print_json(record.to_json())
         else:
-            print_plan(result_console(), record)
+            console = result_console()
+            print_plan(console, record, modules=True)
+            if schema.startswith("autoprec/plan@"):
+                _next(console, path)
         return
     if as_json:
         print_json(plain_data(record))
@@ -46,6 +53,15 @@ def command(what: str, as_json: bool) -> None:
         console.print()
         print_plan(console, Plan.load(beside))
         print_paths(console, {"plan": str(beside)})
+
+
+def _next(console: Console, path: Path) -> None:
+    """Print how to put a plan in force, and how to see that it does what it says."""
+    from autoprec.report.terminal import print_paths
+
+    words = shlex.quote(str(path))
+    steps = {"apply": f"autoprec.apply(model, autoprec.Plan.load({str(path)!r}))", "verify": f"autoprec verify {words}"}
+    print_paths(console, steps)
 
 
 def _file_of(path: Path) -> Path:
@@ -61,16 +77,16 @@ def _file_of(path: Path) -> Path:
     )
 
 
-def _read(path: Path) -> Plan | SearchResult:
-    """Read a plan or a result by its schema; a recommendation is shown by its plan."""
+def _read(path: Path) -> tuple[str, Plan | SearchResult]:
+    """Read a plan or a result by its schema, and return that too; a recommendation is shown by its plan."""
     data: Any = read_json(path, what="file", error=AutoprecError)
     schema = str(data.get("schema", "")) if isinstance(data, dict) else ""
     if schema.startswith("autoprec/plan@"):
-        return Plan.from_json(data, what=f"plan {path}")
+        return schema, Plan.from_json(data, what=f"plan {path}")
     if schema.startswith("autoprec/recommendation@"):
-        return Plan.from_json(data.get("plan"), what=f"the plan of {path}")
+        return schema, Plan.from_json(data.get("plan"), what=f"the plan of {path}")
     if schema == "autoprec/search@1":
-        return from_json(SearchResult, data, what=f"result {path}", error=StudyError)
+        return schema, from_json(SearchResult, data, what=f"result {path}", error=StudyError)
     raise PlanError(
         f"{path} is neither a plan nor a result: its schema is {schema or 'missing'!r}. Give a plan.json "
         "(schema 'autoprec/plan@1'), a result.json ('autoprec/search@1'), or a run folder."

@@ -16,7 +16,7 @@ from autoprec.cli.common import (
     result_console,
     workload_options,
 )
-from autoprec.cli.running import build_workload
+from autoprec.cli.running import build_workload, plan_path
 from autoprec.errors import ModelError, PlanError
 from autoprec.plan import Plan
 
@@ -24,7 +24,7 @@ __all__ = ["command"]
 
 
 @click.command("verify")
-@click.argument("plan", metavar="PLAN")
+@click.argument("plan", metavar="PLAN|RUN")
 @click.argument("model", required=False)
 @workload_options
 @device_option
@@ -33,7 +33,9 @@ __all__ = ["command"]
 def command(plan: str, model: str | None, emulate: bool, as_json: bool, **workload: Any) -> None:
     """Measure a plan again, here, and audit what it runs in.
 
-    PLAN is a plan.json. MODEL is as for search; without it the plan's own.
+    PLAN is a plan.json, RUN a run folder that holds one. MODEL is as for
+    search; without it the plan's own.
+
     One step is audited, operator by operator; then the plan is measured
     beside FP32 and held against the figures it came with. Exit code 1 where
     it does not hold. Give the same data options as to the search.
@@ -42,7 +44,7 @@ def command(plan: str, model: str | None, emulate: bool, as_json: bool, **worklo
     from autoprec.report.audits import print_verification
     from autoprec.report.progress import News
 
-    wanted = Plan.load(plan)
+    wanted = Plan.load(plan_path(plan))
     with quiet(), News(errors_console()) as news:
         name = model or wanted.model.id
         news.doing(f"Loading {name}")

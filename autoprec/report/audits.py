@@ -18,7 +18,7 @@ from autoprec.records import (
     OpKind,
     Verification,
 )
-from autoprec.report.figures import bytes_text, interval, number, origin_note
+from autoprec.report.figures import bytes_text, drop_unit, interval, number, origin_note
 from autoprec.report.grouping import Run, runs
 from autoprec.report.layout import Column, print_heading, print_line, print_table
 
@@ -33,6 +33,8 @@ def print_verification(console: Console, found: Verification) -> None:
     print_heading(console, f"Plan for {found.model_id}, measured again", f"{found.mode}, on {found.device}")
     columns: list[Column] = [("figure", "left"), ("here", "right"), ("the plan says", "right"), ("", "left")]
     print_table(console, columns, _figures(found))
+    if found.measurement.reason:
+        print_line(console, found.measurement.reason)
     console.print()
     print_audit(console, found.audit)
     for warning in found.warnings:
@@ -46,18 +48,17 @@ def print_verification(console: Console, found: Verification) -> None:
 def _figures(found: Verification) -> list[list[str]]:
     """Return a row for each figure: what is here, what the plan says, and how they stand."""
     m, checks = found.measurement, {check.figure: check for check in found.checks}
-    unit = checks["drop"].said.unit if "drop" in checks else ""
+    unit = checks["drop"].said.unit if "drop" in checks else drop_unit([m])
     percent = "" if m.drop_percent is None else f"{number(m.drop_percent)} %"
     here = {
-        "drop": (f"drop, {unit}" if unit else "drop", interval(m.drop, m.drop_ci95) + origin_note(m.origin.drop)),
+        "drop": (f"drop, {unit}", interval(m.drop, m.drop_ci95) + origin_note(m.origin.drop)),
         "drop %": ("drop, %", percent),
         "speedup": ("speedup", interval(m.speedup, m.speedup_ci95, suffix="x")),
         "step": ("step, ms", interval(m.step_ms, m.step_ms_ci95)),
         "peak_bytes": ("peak", "-" if m.peak_bytes is None else bytes_text(m.peak_bytes)),
         "metric": ("metric", "" if m.metric is None else number(m.metric)),
     }
-    rows = [[title, value, *_said(checks.get(key))] for key, (title, value) in here.items() if value]
-    return [*rows, ["not measured", "", "", m.reason]] if m.reason else rows
+    return [[title, value, *_said(checks.get(key))] for key, (title, value) in here.items() if value]
 
 
 def _said(check: Check | None) -> list[str]:
@@ -105,7 +106,7 @@ def _alike(line: _Line) -> tuple[str, ...]:
 
 
 def _lines(report: AuditReport) -> list[_Line]:
-    names = dict.fromkeys(row.unit for row in report.rows)
+    names = dict.fromkeys([*(row.unit for row in report.rows), *(use.unit for use in report.behind)])
     ordered = [*(n for n in names if n is not None), *([None] if None in names else [])]
     return [_line(name, report) for name in ordered]
 
@@ -114,15 +115,22 @@ def _line(unit: str | None, report: AuditReport) -> _Line:
     rows = [row for row in report.rows if row.unit == unit]
     products = [row for row in rows if row.kind in _PRODUCTS]
     passes = [_formats(row for row in products if row.direction is direction) for direction in Direction]
-    wrong = any(row.agrees is False for row in rows) or any(u.unit == unit and not u.agrees for u in report.behind)
+    behind = [use for use in report.behind if use.unit == unit]
+    wrong = any(row.agrees is False for row in rows) or any(not use.agrees for use in behind)
     return _Line(
         name=unit or "outside units",
         planned=next((str(row.planned) for row in products if row.planned is not None), "-"),
-        ran=passes[0] if passes[1] in (passes[0], "-") else f"{passes[0]}, backward {passes[1]}",
+        ran=_ran(passes, sorted({use.executed for use in behind})),
         attention=_formats(row for row in rows if row.kind is OpKind.ATTENTION),
         casts=sum(cast.calls for cast in report.casts if cast.unit == unit),
         verdict="NO" if wrong else "-" if unit is None else "yes",
     )
+
+
+def _ran(passes: Sequence[str], behind: Sequence[str]) -> str:
+    forward, backward = passes
+    text = forward if backward in (forward, "-") else f"{forward}, backward {backward}"
+    return f"{'' if text == '-' else f'{text}, '}{', '.join(behind)} elsewhere" if behind else text
 
 
 def _formats(rows: Iterable[AuditRow]) -> str:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
 
+from autoprec.formats import Format
 from autoprec.plan import Plan, PlanUnit
-from autoprec.records import Figure, Origin
+from autoprec.records import Figure, Origin, Role
 from autoprec.report.figures import bytes_text, format_counts, interval, megabytes, number, origin_note
-from autoprec.report.grouping import Run, few, runs
+from autoprec.report.grouping import Run, few, runs, short_modules, span
 from autoprec.report.layout import INDENT, Column, print_facts, print_heading, print_table
 
 __all__ = ["fact_lines", "print_plan", "print_recommendation"]
 
 
-def print_plan(console: Console, plan: Plan, *, every_unit: bool = False) -> None:
-    """Print a plan: units with reasons (`every_unit`: ungrouped), settings, training arguments and evidence."""
+def print_plan(console: Console, plan: Plan, *, every_unit: bool = False, modules: bool = False) -> None:
+    """Print a plan: units with reasons, settings, training arguments and evidence.
+
+    `every_unit`: equal blocks are not gathered; `modules`: their modules too, and in words what each format does.
+    """
     origin = "" if plan.device.name == "any" else origin_note(plan.device.origin)
     where = "any device" if plan.device.name == "any" else f"{plan.device.name}{origin}"
     print_heading(console, f"Plan for {plan.model.id}", f"{plan.model.class_name}, {plan.mode}, on {where}")
@@ -29,6 +34,11 @@ def print_plan(console: Console, plan: Plan, *, every_unit: bool = False) -> Non
     )
     rows = [[run.name, run.items[0].role.value, run.items[0].format.value, run.items[0].reason] for run in groups]
     _print_reasoned(console, rows + [[few(p.modules, 1), "pinned", "-", p.reason] for p in plan.pinned])
+    if modules:
+        print_heading(console, "Modules")
+        print_table(console, [("", "left"), ("", "left")], [(run.name, _modules(run)) for run in groups])
+        print_heading(console, "What runs")
+        print_table(console, [("", "left"), ("", "left")], _meanings(plan))
     print_facts(console, "Settings", _settings(plan))
     if plan.training_arguments:
         print_facts(console, "TrainingArguments", {k: repr(v) for k, v in plan.training_arguments.items()}, "=")
@@ -52,6 +62,37 @@ def _print_reasoned(console: Console, rows: Sequence[Sequence[str]]) -> None:
         return
     print_table(console, columns, [[*row[:3], str(reasons.index(row[3]) + 1)] for row in rows])
     print_table(console, [("", "right"), ("", "left")], [(str(i + 1), reason) for i, reason in enumerate(reasons)])
+
+
+def _modules(run: Run[PlanUnit]) -> str:
+    """Return the modules of a run of units: 'h.0-11.attn: q k v'; those of the first where the others differ."""
+    first, last = (short_modules(unit.modules) for unit in (run.items[0], run.items[-1]))
+    return span(first, last)
+
+
+def _meanings(plan: Plan) -> list[tuple[str, str]]:
+    """Say in words what the formats of a plan do when it is in force."""
+    stored = "weights are stored so too" if plan.stream is not Format.FP32 else "weights stay stored in fp32"
+    says = {
+        Format.FP32: "operands and results in fp32, autocast off" + (", matmuls in TF32" if plan.tf32 else ""),
+        Format.BF16: f"operands and results rounded to bf16, sums in fp32; {stored}",
+        Format.FP16: f"operands and results rounded to fp16, sums in fp32; {stored}",
+        Format.FP8: f"operands in E4M3, gradients in E5M2, scaled {plan.fp8_recipe}; results and what is between the "
+        f"unit's layers in {plan.ambient}; {stored}",
+    }
+    units = {f: sum(u.format is f for u in plan.units) for f in Format}
+    lookups = [u for u in plan.units if u.role is Role.EMBEDDING]
+    rows = [(f"{f} ({n})", says[f]) for f, n in units.items() if n]
+    if lookups:
+        rows.append(("lookups", f"values rounded to the unit's format, handed on in {plan.stream}"))
+    rows.append(("outside", f"what no unit decides runs in {_around(plan.ambient)}; residual stream in {plan.stream}"))
+    borders = sum(a.format is not b.format for a, b in itertools.pairwise(plan.units))
+    rows.append(("borders", f"{borders} between neighbouring units of different formats; activations are cast there"))
+    return rows
+
+
+def _around(ambient: Format) -> str:
+    return "fp32, autocast off" if ambient is Format.FP32 else f"autocast to {ambient}"
 
 
 def _settings(plan: Plan) -> dict[str, str]:

@@ -204,7 +204,7 @@ def _check_device(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]
     if units and missing and not emulate:
         raise DeviceError(
             f"{missing}; the plan has fp8 in {len(units)} units (first '{units[0].name}'). Try a plan for this device "
-            "(autoprec recommend MODEL), or emulate=True for FP8's numbers without its speed."
+            "(autoprec recommend MODEL), or emulate=True (--emulate) for FP8's numbers without its speed."
         )
     low = {plan.ambient, plan.stream, *plan.formats}
     if device.type == "cuda" and Format.BF16 in low and not torch.cuda.is_bf16_supported():
@@ -222,7 +222,7 @@ def _check_fp8(unit: PlanUnit, name: str, leaf: nn.Module, emulate: bool) -> Non
         if not emulate:
             raise DeviceError(
                 f"unit '{unit.name}': {name} holds its experts in 3-D parameters, for which torchao has no stable FP8 "
-                "kernel. Give the unit bf16, or emulate=True for FP8's numbers without its speed."
+                "kernel. Give the unit bf16, or emulate=True (--emulate) for FP8's numbers without its speed."
             )
         return
     for weight in (p for p in leaf._parameters.values() if p is not None and p.dim() == 2):
