@@ -392,13 +392,15 @@ def test_wrappers_change_no_role(wrap: str) -> None:
     assert set(under(prefix, "base_layer", "lora_A.default", "lora_B.default")) <= set(profile.units[1].modules)
 
 
-def test_lstm_and_matrix_parameters_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"cannot place the model itself \(LSTM\): .*weight_ih_l0 \[16, 3\]"):
+def test_matrices_that_no_known_layer_uses_are_pinned_and_alone_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"no layer whose format could be chosen; .*LSTM with weight_ih_l0 \[16, 3\]"):
         probe_units(nn.LSTM(3, 4))
-    three = nn.Module()
-    three.weight = nn.Parameter(torch.zeros(4, 5, 6))  # three sizes and no pair that expands and contracts
-    with pytest.raises(ModelError, match=r"cannot place the model itself \(Module\): .*weight \[4, 5, 6\]"):
-        probe_units(three)
+    model = nn.Sequential(nn.Embedding(8, 3), nn.LSTM(3, 4))
+    profile = probe_units(model)
+    assert [list(u.modules) for u in profile.units] == [["0"]]
+    assert [(list(p.modules), p.reason) for p in profile.pinned] == [
+        (["1"], "matrices used by code of its own: they run in the format of what is around them")
+    ]
 
 
 def test_empty_foreign_and_lazy_models_are_refused() -> None:

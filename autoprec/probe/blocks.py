@@ -18,10 +18,14 @@ _HEADS = re.compile(r"(^|_)n?heads?(_|$)")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One repeated block: `index` is its place in its stack ('3', or '1.3' in stages), `path` its module."""
+    """One repeated block: `index` is its place in its stack ('3', or '1.3' in stages), `path` its module.
+
+    What a stage holds besides its own blocks (a downsampling layer) is a block of the stage's path, `without` those.
+    """
 
     index: str
     path: str
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,26 +106,59 @@ def _members(tree: Tree, name: str) -> list[str]:
 
 
 def _blocks(tree: Tree, members: list[str], outer: str = "") -> list[Block]:
-    """Return members as blocks; a member that only holds a further stack (a stage) gives that stack's blocks."""
+    """Return members as blocks; a member that holds a further stack (a stage) gives that stack's blocks."""
     blocks = []
     for place, member in enumerate(members):
         key = member.rpartition(".")[2]
         index = f"{outer}{key if key.isdigit() else place}"
         inner = _stage(tree, member)
-        blocks += _blocks(tree, inner, f"{index}.") if inner else [Block(index, member)]
+        if not inner:
+            blocks.append(Block(index, member))
+            continue
+        beside = _beside(tree, member, inner)
+        before = bool(beside) and tree.below[member].index(beside[0]) == 0
+        rest = [Block(index, member, tuple(inner))] if beside else []
+        further = _blocks(tree, inner, f"{index}.")
+        blocks += [*rest, *further] if before else [*further, *rest]
     return blocks
 
 
 def _stage(tree: Tree, name: str) -> list[str]:
-    """Return the members of the one homogeneous list that holds all leaves of `name`, else nothing."""
-    while True:
-        members = _members(tree, name)
-        if members:
-            return members if tree.alike(members) else []
-        children = tree.children(name)
-        if len(children) != 1 or children[0] in tree.leaves:
-            return []
-        name = children[0]
+    """Return the blocks of a stage: the members of the one homogeneous list in it, beside which little stands.
+
+    Little is convolutions and lookups, or one layer more that changes the width; experts with their router, and
+    attention beside a list of equal FFNs, are a block.
+    """
+    for node in _only_lists(tree, name):
+        members = _members(tree, node)
+        if not tree.alike(members):
+            continue
+        beside = [tree.modules[leaf] for leaf in _beside(tree, name, members)]
+        others = [m for m in beside if not isinstance(m, nn.modules.conv._ConvNd | nn.Embedding)]
+        if not others:
+            return members
+        if len(others) == 1 and isinstance(others[0], nn.Linear) and others[0].out_features != len(members):
+            return members
+    return []
+
+
+def _only_lists(tree: Tree, name: str) -> list[str]:
+    """Return the lists of blocks within a module that are in no other such list."""
+    found: list[str] = []
+    pending = tree.containers(name) if not _members(tree, name) else [name]
+    while pending:
+        node = pending.pop(0)
+        if _members(tree, node):
+            found.append(node)
+        else:
+            pending += tree.containers(node)
+    return found
+
+
+def _beside(tree: Tree, name: str, members: list[str]) -> list[str]:
+    """Return the leaves of a module that are in none of the members."""
+    inside = {leaf for member in members for leaf in tree.below[member]}
+    return [leaf for leaf in tree.below[name] if leaf not in inside]
 
 
 def _siblings(tree: Tree, name: str, found: dict[str, list[Block]]) -> None:

@@ -20,8 +20,8 @@ from autoprec.runtime.identity import base_class
 __all__ = ["ROUTER", "SUPPORTED", "Inventory", "experts_beside", "find_sites", "is_mixer", "take_inventory"]
 
 SUPPORTED = (
-    "Linear, Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, the Conv1D of Hugging Face and experts held as "
-    "3-D parameters"
+    "Linear, convolutions and transposed ones, Embedding, MultiheadAttention, the Conv1D of Hugging Face and experts "
+    "held as 3-D parameters"
 )
 
 _NORM = "norm: runs as the ambient autocast runs it"
@@ -30,6 +30,8 @@ _DROPOUT = "dropout: no weight"
 _VECTOR = "parameters are vectors, applied elementwise, not multiplied as matrices"
 _ADDED = "parameters are added, not multiplied"
 _STATE = "state of a recurrence: exponentiated and applied elementwise, not multiplied as a layer's weight"
+_PARAMETRIZED = "parametrization: what a layer's weight is computed from"
+_OWN = "matrices used by code of its own: they run in the format of what is around them"
 ROUTER = "router: chooses experts, so a rounding error changes which weights are used"
 
 #: a base layer with eight adapters
@@ -40,15 +42,14 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What was found: leaves by name in registration order, pinned names by reason, and what has no place."""
+    """What was found: leaves by name in registration order, and pinned names by reason."""
 
     leaves: Mapping[str, Leaf]
     pinned: Mapping[str, tuple[str, ...]]
-    unassigned: tuple[str, ...]
 
 
 def take_inventory(modules: Mapping[str, nn.Module]) -> Inventory:
-    """Sort modules into leaves, pinned and unassigned; containers that own nothing are none of these.
+    """Sort modules into leaves and pinned; containers that own nothing are neither.
 
     Raises:
         ModelError: a lazy module whose shape is not known yet.
@@ -57,18 +58,15 @@ def take_inventory(modules: Mapping[str, nn.Module]) -> Inventory:
     # a prediction head may keep the bias of its leaf under a second name; the leaf's unit decides about it
     held = {id(p) for name in leaves for p in _own(modules[name])}
     pinned: defaultdict[str, list[str]] = defaultdict(list)
-    unassigned = []
     for name, module in modules.items():
         own = [p for p in _own(module) if id(p) not in held]
         if name in leaves:
             continue
-        reason = _pin(module, own) or _pin_by_neighbours(name, module, own, modules, leaves)
-        if reason:
-            pinned[reason].append(name)
-        elif own:
-            unassigned.append(name)
+        reason = _pin(module, own) or _pin_by_neighbours(name, module, own, modules)
+        if reason or own:
+            pinned[reason or _OWN].append(name)
     fixed = {reason: tuple(names) for reason, names in pinned.items()}
-    return Inventory(MappingProxyType(leaves), MappingProxyType(fixed), tuple(unassigned))
+    return Inventory(MappingProxyType(leaves), MappingProxyType(fixed))
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
@@ -96,13 +94,16 @@ def _leaf(name: str, module: nn.Module) -> Leaf | None:
 def _kind(module: nn.Module) -> tuple[LeafKind, int, int] | None:
     """Return kind, inputs and outputs of a leaf, None for any other module."""
     if isinstance(module, nn.Linear):
-        packed = isinstance(module.weight, nn.Parameter) and not module.weight.is_floating_point()
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.is_floating_point() and weight.dim() == 2:
+            return LeafKind.LINEAR, weight.shape[1], weight.shape[0]
+        packed = weight is not None and not weight.is_floating_point()
         return LeafKind.QUANTIZED if packed else LeafKind.LINEAR, module.in_features, module.out_features
     if isinstance(module, nn.MultiheadAttention):
         return LeafKind.ATTENTION, module.embed_dim, module.embed_dim
     if isinstance(module, nn.Embedding):
         return LeafKind.EMBEDDING, module.num_embeddings, module.embedding_dim
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, nn.modules.conv._ConvNd):
         return LeafKind.CONV, module.in_channels, module.out_channels
     weight = module._parameters.get("weight")
     # told from nn.Conv1d by its 2-D weight [in, out]; transformers itself need not be imported
@@ -120,12 +121,15 @@ def _expert_widths(module: nn.Module) -> tuple[int, int] | None:
     """
     own = _own(module)
     matrices = [p for p in own if p.dim() == 3]
-    if not 2 <= len(matrices) <= 3 or any(p.dim() not in (2, 3) for p in own):
+    called_so = "expert" in base_class(module).__name__.lower()
+    if not 1 <= len(matrices) <= 3 or any(p.dim() not in (2, 3) for p in own):
         return None
-    if len(counts := {p.shape[0] for p in own}) != 1 or counts == {1}:
-        return None
+    if 1 in (counts := {p.shape[0] for p in own}) or (len(counts) > 1 and not called_so):
+        return None  # counts differ where some experts are the identity and have no second matrix
+    if len(matrices) == 1:
+        return (matrices[0].shape[2], matrices[0].shape[1]) if called_so else None
     if {tuple(p.shape[1:]) for p in matrices} == {tuple(matrices[0].shape[1:])} and len(matrices) == 2:
-        if matrices[0].shape[1] == matrices[0].shape[2] and "expert" not in base_class(module).__name__.lower():
+        if matrices[0].shape[1] == matrices[0].shape[2] and not called_so:
             return None  # two equal squares are as well the block-diagonal gates of a recurrence
     down = matrices[-1] if len(matrices) == 2 else min(matrices, key=lambda p: p.numel())
     for outer, inner in (down.shape[1:], reversed(down.shape[1:])):
@@ -154,14 +158,14 @@ def _pin(module: nn.Module, own: list[nn.Parameter]) -> str | None:
     if own and vectors:
         return _VECTOR
     # [1, positions, width]: broadcast over the batch, so it is added, as class tokens and position tables are
-    if own and all(p.dim() == 3 and p.shape[0] == 1 for p in own):
+    if own and all((p.dim() > 2 and p.shape[0] == 1) or sum(n > 1 for n in p.shape) <= 1 for p in own):
         return _ADDED
     rotary = "inv_freq" in module._buffers or "rotary" in cls or "rope" in cls
     return _ROTARY if rotary and not own else None
 
 
 def _pin_by_neighbours(
-    name: str, module: nn.Module, own: list[nn.Parameter], modules: Mapping[str, nn.Module], leaves: Mapping[str, Leaf]
+    name: str, module: nn.Module, own: list[nn.Parameter], modules: Mapping[str, nn.Module]
 ) -> str | None:
     """Return why a module that owns a matrix has no choice, as told by what stands beside it or in it."""
     if not own:
@@ -172,6 +176,8 @@ def _pin_by_neighbours(
         return ROUTER
     if is_mixer(module) and all(p.dim() <= 2 for p in own):
         return _STATE
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return _PARAMETRIZED
     return None
 
 
@@ -187,13 +193,15 @@ def experts_beside(parent: nn.Module) -> set[int]:
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Say whether a module is a state-space mixer: state of its own, projections, and a depthwise convolution.
+    """Say whether a module is a state-space mixer: state (its own or a child's), projections, a depthwise convolution.
 
     Kernels for such mixers take all these weights at once, so they share a format.
     """
     children = list(module.children())
-    convolutions = [c for c in children if isinstance(c, nn.Conv1d) and c.groups == c.in_channels > 1]
-    return bool(convolutions and _own(module)) and sum(isinstance(c, nn.Linear) for c in children) > 1
+    if not any(isinstance(c, nn.Conv1d) and c.groups == c.in_channels > 1 for c in children):
+        return False
+    state = [m for m in (module, *children) if _own(m) and _kind(m) is None and _pin(m, _own(m)) != _NORM]
+    return bool(state) and sum(isinstance(c, nn.Linear) for c in children) > 1
 
 
 def find_sites(leaves: Mapping[str, Leaf]) -> dict[str, tuple[str, ...]]:

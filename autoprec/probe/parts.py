@@ -199,6 +199,10 @@ def _is_ffn(leaves: _Leaves, width: int) -> bool:
     """Tell whether these are expand-then-contract leaves and nothing else; experts repeat the pattern."""
     if len(leaves) == 2 and all(x.inputs == x.outputs == width for x in leaves):
         return True
+    gates = [x for x in leaves if x.inputs == x.outputs == width]
+    if len(leaves) == 3 and len(gates) == 1:  # the product is gated after it is contracted
+        up, down = sorted((x for x in leaves if x not in gates), key=lambda x: x.inputs != width)
+        return up.inputs == down.outputs == width and up.outputs == down.inputs > 2 * width
     downs = [x for x in leaves if x.outputs == width and x.inputs != width]
     ups = [x for x in leaves if x.inputs == width and x.outputs != width]
     if not downs or len(downs) + len(ups) != len(leaves) or len({x.inputs for x in downs}) > 1:

@@ -34,10 +34,11 @@ def probe_units(model: nn.Module, *, model_id: str | None = None) -> ModelProfil
     stem, then each block's attention and FFN, then `other` (poolers, prediction-head transforms, projections), last
     role `lm_head`: the projection to the vocabulary, or the output layer of a classifier. A model with several
     stacks (encoder and decoder) has its units named after them, as in `decoder.blocks.0.cross_attention`. Modules
-    that own nothing and only compute (activations, containers) are not listed; they run in the ambient format.
+    that own nothing and only compute (activations, containers) are not listed; they run in the ambient format. What
+    owns a matrix and is no known leaf is pinned: its code multiplies in the format of what is around it.
 
     Raises:
-        ModelError: no leaf at all, or a module that owns a matrix and is no known leaf.
+        ModelError: no leaf at all.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}; load the model first")
@@ -62,23 +63,17 @@ def probe_units(model: nn.Module, *, model_id: str | None = None) -> ModelProfil
 
 
 def _check(modules: Mapping[str, nn.Module], inventory: Inventory) -> None:
-    if inventory.unassigned:
-        named = ", ".join(
-            (f"'{n}'" if n else "the model itself") + f" ({base_class(modules[n]).__name__})"
-            for n in inventory.unassigned[:3]
-        )
-        more = f" and {len(inventory.unassigned) - 3} more" if len(inventory.unassigned) > 3 else ""
-        first = modules[inventory.unassigned[0]]
-        owned = ", ".join(f"{k} {list(p.shape)}" for k, p in first._parameters.items() if p is not None)
-        raise ModelError(
-            f"cannot place {named}{more}: the module itself owns matrix parameters (first: {owned}) and is none of the "
-            f"supported layers: {SUPPORTED}. Write it with those layers, for example separate Linear projections."
-        )
-    if not inventory.leaves:
-        raise ModelError(
-            f"the model ({base_class(modules['']).__name__}) has no layer whose format could be chosen; "
-            f"supported layers are {SUPPORTED}"
-        )
+    if inventory.leaves:
+        return
+    owners = [m for m in modules.values() if any(p is not None and p.dim() > 1 for p in m._parameters.values())]
+    owned = ""
+    if owners:
+        first = ", ".join(f"{k} {list(p.shape)}" for k, p in owners[0]._parameters.items() if p is not None)
+        owned = f"; its matrices are used by code of their own (first: {base_class(owners[0]).__name__} with {first})"
+    raise ModelError(
+        f"the model ({base_class(modules['']).__name__}) has no layer whose format could be chosen{owned}. "
+        f"Supported layers are {SUPPORTED}."
+    )
 
 
 class _Placement:
@@ -139,7 +134,8 @@ class _Placement:
     def _blocks(self, stack: Stack) -> None:
         for block in stack.blocks:
             prefix = f"{stack.label}.blocks.{block.index}" if stack.label else f"blocks.{block.index}"
-            for part in place(self._shape(block.path, self.tree.below[block.path])):
+            apart = {leaf for path in block.without for leaf in self.tree.below[path]}
+            for part in place(self._shape(block.path, (n for n in self.tree.below[block.path] if n not in apart))):
                 self._part(part, f"{prefix}.{part.name}", f"{block.path}." if block.path else "")
 
     def _shape(self, path: str, names: Iterable[str]) -> BlockShape:
@@ -200,7 +196,8 @@ class _Placement:
     def _value_head(self, rest: list[str]) -> str | None:
         """Return the output layer of a classifier: the last leaf outside blocks that changes the width."""
         changing = [n for n in rest if self.leaves[n].inputs != self.leaves[n].outputs and not self._region(n)]
-        several = len(self.stacks) > 1 and len(changing) > 1  # two towers project each into one space
+        widths = [self.leaves[n].outputs for n in changing[-2:]]
+        several = len(self.stacks) > 1 and len(widths) > len(set(widths))  # two towers project each into one space
         return changing[-1] if changing and not several else None
 
     def _short(self, name: str) -> str:
