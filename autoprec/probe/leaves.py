@@ -185,8 +185,10 @@ def experts_beside(parent: nn.Module) -> set[int]:
     """Return how many experts stand directly in a module, for each list or module of them."""
     counts = set()
     for child in parent.children():
-        if isinstance(child, nn.ModuleList) and len(child) > 1 and len({base_class(m) for m in child}) == 1:
-            counts.add(len(child))
+        members = child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict) else ()
+        alike = [m for m in members if next(m.parameters(), None) is not None]
+        if len(alike) > 1 and len({base_class(m) for m in alike}) == 1:
+            counts.add(len(alike))
         elif _expert_widths(child):
             counts.add(next(p.shape[0] for p in _own(child)))
     return counts

@@ -93,7 +93,7 @@ def _whole(shape: BlockShape) -> Iterator[tuple[Role, _Leaves]]:
 
 
 def _is_router(leaf: BlockLeaf, home: str, counts: set[int]) -> bool:
-    return leaf.kind in _MATMULS and leaf.outputs in counts and leaf.path.rpartition(".")[0] == home
+    return leaf.kind in _MATMULS and leaf.outputs in counts and _within(leaf.path, home)
 
 
 def _stream_width(leaves: _Leaves) -> int:
@@ -140,10 +140,10 @@ def _split(node: str, leaves: _Leaves, judge: _Judge, found: list[tuple[Role, _L
     experts = {n for path, n in judge.shape.lists if path.rpartition(".")[0] == node}
     loose: list[BlockLeaf] = []
     for child, some in groups.items():
-        if some[0].path != child:
-            loose += _split(child, tuple(some), judge, found)
-        elif some[0].inputs == judge.width and some[0].outputs in experts:
+        if len(some) == 1 and some[0].inputs == judge.width and some[0].outputs in experts:
             found.append((Role.ROUTER, (some[0],)))
+        elif some[0].path != child:
+            loose += _split(child, tuple(some), judge, found)
         else:
             loose += some
     return tuple(loose)
