@@ -70,20 +70,20 @@ def fp8_matmul(x: Tensor, weight_io: Tensor, recipe: Fp8Recipe) -> Tensor:
         weight_io: [in, out] (an `nn.Linear`'s weight transposed).
     """
     function, products, config = _torchao(recipe)
-    result: Tensor = function.apply(x, weight_io, products, config)
-    return result
+    # a function's own result may be changed in place, a view that it made may not: so shapes are changed outside
+    result: Tensor = function.apply(x.reshape(-1, x.shape[-1]), weight_io, products, config)
+    return result.reshape(*x.shape[:-1], -1)
 
 
 class _EmulatedMatmul(torch.autograd.Function):
-    """FP8's rounding in FP32 arithmetic; call with autocast off."""
+    """FP8's rounding in FP32 arithmetic of x [n, in]; call with autocast off."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family: Fp8Family) -> Tensor:
         ctx.save_for_backward(x, weight_io)
         ctx.recipe, ctx.family = recipe, family
         values = layout(Format.FP8, family=family, recipe=recipe)
-        flat = x.reshape(-1, x.shape[-1])
-        return _product(flat, weight_io, values, values, recipe).to(x.dtype).reshape(*x.shape[:-1], -1)
+        return _product(x, weight_io, values, values, recipe).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -91,14 +91,13 @@ class _EmulatedMatmul(torch.autograd.Function):
         recipe, family = ctx.recipe, ctx.family
         values = layout(Format.FP8, family=family, recipe=recipe)
         gradients = layout(Format.FP8, gradient=True, family=family, recipe=recipe)
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        flat = x.reshape(-1, x.shape[-1])
+        (grad,) = grads
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(grad, weight_io.t(), gradients, values, recipe).to(x.dtype).reshape(x.shape)
+            grad_x = _product(grad, weight_io.t(), gradients, values, recipe).to(x.dtype)
         if ctx.needs_input_grad[1]:
             # rounded to the dtype of the layer's result first, as the kernel's output is, then held as the weight is
-            grad_w = _product(flat.t(), grad, values, gradients, recipe).to(grads[0].dtype).to(weight_io.dtype)
+            grad_w = _product(x.t(), grad, values, gradients, recipe).to(grad.dtype).to(weight_io.dtype)
         return grad_x, grad_w, None, None
 
 
@@ -115,5 +114,6 @@ def fp8_emulated_matmul(x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family:
 
     Shapes as in `fp8_matmul`. Its speed says nothing about FP8.
     """
-    result: Tensor = _EmulatedMatmul.apply(x, weight_io, recipe, family)  # type: ignore[no-untyped-call]
-    return result
+    flat = x.reshape(-1, x.shape[-1])
+    result: Tensor = _EmulatedMatmul.apply(flat, weight_io, recipe, family)  # type: ignore[no-untyped-call]
+    return result.reshape(*x.shape[:-1], -1)

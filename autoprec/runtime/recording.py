@@ -28,6 +28,7 @@ __all__ = ["DotProducts", "Recorder"]
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+_PRODUCTS = (OpKind.MATMUL, OpKind.ATTENTION, OpKind.CONVOLUTION)
 _MATMULS = frozenset("mm addmm bmm baddbmm _scaled_mm _grouped_mm grouped_mm_fallback gemm_4bit linear".split())
 _CONVOLUTIONS = frozenset(("convolution", "convolution_backward", "mkldnn_convolution", "_slow_conv2d_forward"))
 _NORMS = frozenset(("native_layer_norm", "native_batch_norm", "native_group_norm", "_fused_rms_norm", "rsqrt"))
@@ -44,6 +45,8 @@ class _Place:
     leaf: bool
     #: within PyTorch's scaled dot product, whose math path shows its products one by one
     dot_product: bool = False
+    #: whether the operator is a product; the gradient of another may be made of products too, of which no plan speaks
+    product: bool = False
 
 
 class DotProducts(TorchFunctionMode):
@@ -116,30 +119,38 @@ class Recorder(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         seconds = time.perf_counter() - started
         name = func._schema.name.split("::")[-1]
-        place, direction = self._place()
+        kind = _kind_of(name)
+        place, direction = self._place(kind)
         tensors = [a for a in args if isinstance(a, Tensor)]
         self._follow(name, tensors, output)
         if name == "_to_copy":
             self._cast(place, direction, tensors[0], output, seconds)
-        kind = _kind_of(name)
         if kind is not None and kind is not OpKind.LOOKUP:
             self._operator(name, kind, place, direction, tensors, output)
         return output
 
-    def _place(self) -> tuple[_Place, Direction]:
+    def _place(self, kind: OpKind | None) -> tuple[_Place, Direction]:
         if self.stack:
             place = self._place_of(self.stack)
             place.dot_product = self.in_dot_product
-            self.nodes[torch._C._autograd._get_sequence_nr() - 1] = place
+            node_number = torch._C._autograd._get_sequence_nr() - 1
+            before = self.nodes.get(node_number)
+            place.product = kind in _PRODUCTS or (before is not None and before.product)
+            self.nodes[node_number] = place
             return place, Direction.FORWARD
         node: Any = torch._C._current_autograd_node()
         unknown = _Place(None, "", False)
         if node is None:
             return unknown, Direction.FORWARD
-        return self.nodes.get(node._sequence_nr(), unknown), Direction.BACKWARD
+        found = self.nodes.get(node._sequence_nr(), unknown)
+        if kind in _PRODUCTS and not found.product:
+            found = _Place(None, found.module, False)
+        return found, Direction.BACKWARD
 
     def _place_of(self, stack: list[nn.Module]) -> _Place:
         for module in reversed(stack):
+            if isinstance(module, nn.utils.parametrize.ParametrizationList):
+                break  # computes the weight of a leaf, before that leaf's product
             if id(module) in self.leaves:
                 return _Place(self.leaves[id(module)], self.names[id(module)], True)
             if id(module) in self.between:
@@ -169,6 +180,9 @@ class Recorder(TorchDispatchMode):
         floats = [t for t in tensors if t.is_floating_point() and t.dim() > 1] or tensors[:1]
         if name in ("addmm", "baddbmm") and len(floats) == 3:
             floats = floats[1:]
+        batched = place.module in self.multihead and name in ("bmm", "baddbmm")  # asked for its weights
+        if (place.dot_product or batched) and kind is OpKind.MATMUL:
+            kind = OpKind.ATTENTION
         if place.unit is not None and place.unit.format is Format.FP8 and place.module in self.multihead:
             if kind is OpKind.ATTENTION:
                 place = _Place(place.unit, place.module, leaf=False)
@@ -176,8 +190,6 @@ class Recorder(TorchDispatchMode):
                 return  # hands on what FP8 products gave and changes no bit
         if kind is OpKind.ATTENTION:
             floats = floats[: 4 if direction is Direction.BACKWARD else 3]
-        if place.dot_product and kind is OpKind.MATMUL:
-            kind = OpKind.ATTENTION
         executed = self._executed(place, kind, floats)
         result = output[0] if isinstance(output, tuple | list) else output
         came_out = _NAMES.get(result.dtype, str(result.dtype)) if isinstance(result, Tensor) else ""
