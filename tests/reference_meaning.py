@@ -46,6 +46,8 @@ def meaning(model: nn.Module, plan: Plan) -> Iterator[None]:
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         running.pop()
+        if id(module) in mode.ends:
+            return widened(output)
         unit = mode.lookups.get(id(module))
         return None if unit is None else output.to(DTYPES[unit]).float()
 
@@ -72,7 +74,15 @@ class Products(TorchFunctionMode):
         for unit in plan.units:
             kind = self.lookups if unit.role is Role.EMBEDDING else self.leaves
             kind.update({id(modules[name]): str(unit.format) for name in unit.modules})
-        self.between = {id(modules[path]): choice for path, choice in holders(plan).items()}
+        held = holders(plan)
+        self.between = {id(modules[path]): choice for path, choice in held.items()}
+        foreign = {"bf16", "fp16"} - {str(plan.ambient)}
+        self.ends = {id(modules[path]) for path, choice in held.items() if choice in foreign}
+        for unit in plan.units:  # a unit that nothing holds ends with its last leaf, and none but an FFN is whole
+            alone = not any(path_holds(path, unit.modules) for path in held)
+            if alone and str(unit.format) in foreign and unit.role not in (Role.EMBEDDING, Role.LM_HEAD):
+                ends = unit.modules[-1:] if unit.role is Role.FFN else unit.modules
+                self.ends |= {id(modules[name]) for name in ends}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,6 +130,10 @@ class Products(TorchFunctionMode):
             return self.biased(self.rounded(args[0], args[1].t()), *args[2:], **kwargs)
         if func is torch.addmm:  # Hugging Face's Conv1D
             return self.biased(self.rounded(args[1], args[2]), args[0])
+        if func in PAIRS and args[1].dim() == 2:
+            return self.rounded(*args)
+        if func in PAIRS and args[1].shape[-1] > 1:  # a product an expert
+            return torch.stack([self.rounded(x, w) for x, w in zip(*args, strict=True)])
         if "grouped_mm" in name:
             ends = [0, *kwargs["offs"].tolist()]
             rows = zip(ends, ends[1:], args[1], strict=False)
@@ -127,8 +141,9 @@ class Products(TorchFunctionMode):
         raise AssertionError(f"{func} in an FP8 leaf")
 
     def rounded(self, x: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = Fp8Product.apply(x.to(self.ambient), weight)  # type: ignore[no-untyped-call]
-        return result
+        flat = x.to(self.ambient).reshape(-1, x.shape[-1])
+        result: Tensor = Fp8Product.apply(flat, weight)  # type: ignore[no-untyped-call]
+        return result.reshape(*x.shape[:-1], -1)
 
     def biased(self, result: Tensor, bias: Tensor | None = None) -> Tensor:
         return result if bias is None else result + bias.to(result.dtype)
@@ -154,21 +169,19 @@ class Products(TorchFunctionMode):
 
 
 class Fp8Product(torch.autograd.Function):
-    """x [..., in] @ weight [in, out], one scale a tensor."""
+    """x [n, in] @ weight [in, out], one scale a tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        flat = x.reshape(-1, x.shape[-1])
-        y = scaled(flat, torch.float8_e4m3fn, weight, torch.float8_e4m3fn)
-        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return scaled(x, torch.float8_e4m3fn, weight, torch.float8_e4m3fn).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        to_x = scaled(grad, torch.float8_e5m2, weight.t(), torch.float8_e4m3fn).to(x.dtype).reshape(x.shape)
-        to_w = scaled(x.reshape(-1, x.shape[-1]).t(), torch.float8_e4m3fn, grad, torch.float8_e5m2)
+        (grad,) = grads
+        to_x = scaled(grad, torch.float8_e5m2, weight.t(), torch.float8_e4m3fn).to(x.dtype)
+        to_w = scaled(x.t(), torch.float8_e4m3fn, grad, torch.float8_e5m2)
         return to_x, to_w.to(grad.dtype).to(weight.dtype)
 
 
@@ -188,6 +201,8 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def widened(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(widened(item) for item in value)
     low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if low else value
 
@@ -208,6 +223,10 @@ def holders(plan: Plan) -> dict[str, str]:
         if all(u is unit or u.role in allowed for u in inside) and path not in found:
             found[path] = str(unit.format)
     return found
+
+
+def path_holds(path: str, modules: tuple[str, ...]) -> bool:
+    return all(m.startswith(f"{path}.") or not path for m in modules)
 
 
 @contextlib.contextmanager

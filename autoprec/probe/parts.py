@@ -84,12 +84,14 @@ def _whole(shape: BlockShape) -> Iterator[tuple[Role, _Leaves]]:
         if leaf.kind is LeafKind.ATTENTION:
             yield Role.ATTENTION, tuple(x for x in shape.leaves if _within(x.path, leaf.path))
     for home in dict.fromkeys(x.path.rpartition(".")[0] for x in shape.leaves if x.kind is LeafKind.EXPERTS):
+        around = next((h for h in sorted(shape.heads, key=len) if _within(home, h)), None)  # each expert a head
+        whole = home if around is None else around
         # experts that stand in the block itself share no module of their own with anything
-        beside = [x for x in shape.leaves if (_within(x.path, home) if home else x.kind is LeafKind.EXPERTS)]
+        beside = [x for x in shape.leaves if (_within(x.path, whole) if whole else x.kind is LeafKind.EXPERTS)]
         counts = {n for path, n in shape.lists if path.rpartition(".")[0] == home}
         routers = [x for x in beside if _is_router(x, home, counts)]
         yield from ((Role.ROUTER, (x,)) for x in routers)
-        yield Role.FFN, tuple(x for x in beside if x not in routers)
+        yield (Role.FFN if around is None else Role.ATTENTION), tuple(x for x in beside if x not in routers)
 
 
 def _is_router(leaf: BlockLeaf, home: str, counts: set[int]) -> bool:

@@ -71,7 +71,7 @@ def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> It
         yield from _unit_swaps(plan, unit, modules, containers, root, emulated, uniform)
     for path, unit in containers.items():
         if _around(path, containers, root, below=True) is not unit.format and not _native(plan, unit, root):
-            settings = {"dtype": _dtype(unit.format), "stream": _stream(plan)}
+            settings = {"dtype": _dtype(unit.format), "stream": _handed_on(plan, unit)}
             yield Swap(path, UnitScope, settings)
     yield Swap("", AmbientScope, {"ambient": _dtype(root) if root else None})
 
@@ -87,11 +87,13 @@ def _unit_swaps(
 ) -> Iterator[Swap]:
     """Yield the leaf scopes of a unit: those whose surroundings do not give the unit's format."""
     held = containers.get(_common(unit.modules)) is unit
+    foreign = plan.stream is Format.FP32 and _handed_on(plan, unit) is not None
     for name in unit.modules:
         leaf = modules[name]
-        # the last leaf of a unit writes to the stream; a container does that for its unit itself
-        last = name == unit.modules[-1] and not held and unit.role is not Role.LM_HEAD
-        stream = _stream(plan) if last else None
+        # the last leaf of a unit writes to the stream; a container does that for its unit itself. Between the leaves of
+        # an FFN there are elementwise functions only, between others there may be what needs operands of one format
+        ends = (name == unit.modules[-1] or (foreign and unit.role is not Role.FFN)) and not held
+        stream = _handed_on(plan, unit) if ends and unit.role is not Role.LM_HEAD else None
         if unit.role is Role.EMBEDDING:
             if unit.format is not Format.FP32 or plan.stream is not Format.FP32:
                 yield Swap(name, LookupScope, {"dtype": _dtype(unit.format), "stream": _dtype(plan.stream)})
@@ -194,8 +196,16 @@ def _dtype(choice: Format) -> torch.dtype:
     return torch_dtype(layout(choice))
 
 
-def _stream(plan: Plan) -> torch.dtype | None:
-    return None if plan.stream is Format.FP32 else _dtype(plan.stream)
+def _handed_on(plan: Plan, unit: PlanUnit) -> torch.dtype | None:
+    """Return the dtype of what a unit hands on, None for that of its own result.
+
+    A low format that is not the ambient's is widened, which loses nothing: autocast raises where FP16 meets BF16 in
+    one operation, as in `torch.cat`, and without autocast operands of two types cannot be multiplied.
+    """
+    if plan.stream is not Format.FP32:
+        return _dtype(plan.stream)
+    foreign = unit.format in (Format.BF16, Format.FP16) and unit.format is not plan.ambient
+    return torch.float32 if foreign else None
 
 
 def _family(plan: Plan) -> Fp8Family:
