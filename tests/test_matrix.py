@@ -91,13 +91,19 @@ def test_eager_is_what_the_plan_means(name: str, choice: str) -> None:
 def test_copies_and_saved_models_carry_the_plan(name: str) -> None:
     case = case_of(name)
     with applied(case.model, plan_of(case.model, "mixed"), emulate=True):
+        # before a step, whose hidden state some models keep and cannot copy
+        copies = [copy.deepcopy(case.model)]
+        if any(isinstance(m, nn.utils.parametrize.ParametrizationList) for m in case.model.modules()):
+            with pytest.raises(RuntimeError, match="only supported through state_dict"):  # as without a plan
+                pickle.dumps(case.model)
+        else:
+            file = io.BytesIO()
+            torch.save(case.model, file)
+            file.seek(0)
+            copies += [pickle.loads(pickle.dumps(case.model)), torch.load(file, weights_only=False)]
         expected = step(case)
-        assert_equal(step(case, copy.deepcopy(case.model)), expected)
-        assert_equal(step(case, pickle.loads(pickle.dumps(case.model))), expected)
-        file = io.BytesIO()
-        torch.save(case.model, file)
-        file.seek(0)
-        assert_equal(step(case, torch.load(file, weights_only=False)), expected)
+        for model in copies:
+            assert_equal(step(case, model), expected)
         state = copy.deepcopy(case.model.state_dict())
     with torch.no_grad():
         for parameter in case.model.parameters():
@@ -117,10 +123,11 @@ def switches() -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", list(ZOO))
 def test_remove_restores_the_very_object_and_every_switch(name: str) -> None:
     case = case_of(name)
+    plain = step(case)
     classes = {n: type(m) for n, m in case.model.named_modules()}
     contents = {n: set(vars(m)) for n, m in case.model.named_modules()}
     before = switches()
-    parameters, keys, plain = [id(p) for p in case.model.parameters()], list(case.model.state_dict()), step(case)
+    parameters, keys = [id(p) for p in case.model.parameters()], list(case.model.state_dict())
     plan = plan_of(case.model, "mixed")
     handle = apply(case.model, plan, emulate=True)
     with pytest.raises(PlanError, match="in force on this model already"):
@@ -147,7 +154,7 @@ def checkpointed(model: nn.Module) -> bool:
 
 
 #: models with checkpointing of their own; T5 gives other values under it in plain autocast too
-CHECKPOINTED = [n for n in ZOO if n not in ("bare_gpt", "torch_encoder", "peft_lora", "qlora", "t5")]
+CHECKPOINTED = [n for n in ZOO if n not in ("bare_gpt", "torch_encoder", "peft_lora", "qlora", "t5", "upsampler")]
 
 
 @pytest.mark.parametrize("choice", ["fp16", "mixed"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo import ZOO
@@ -178,3 +181,96 @@ class Twice(nn.Module):
 def test_a_leaf_of_two_names_stands_under_its_first() -> None:
     profile = probe_units(Twice())
     assert [list(u.modules) for u in profile.units] == [["first"], ["head"]]
+
+
+def test_low_rank_attention_is_one_unit_and_a_dense_first_block_an_ordinary_ffn() -> None:
+    profile = probe_units(ZOO["deepseek_v3"]().model)
+    layer = "model.layers.1"
+    low_rank = under(f"{layer}.self_attn", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    shared = [f"shared_experts.{n}_proj" for n in ("gate", "up", "down")]
+    assert rows(profile, "blocks.1") == [
+        ("blocks.1.attention", "attention", low_rank),
+        ("blocks.1.ffn", "ffn", under(f"{layer}.mlp", "experts", *shared)),
+    ]
+    dense = under("model.layers.0.mlp", "gate_proj", "up_proj", "down_proj")
+    assert rows(profile, "blocks.0.ffn") == [("blocks.0.ffn", "ffn", dense)]
+    assert pins(profile, "router") == ["model.layers.1.mlp.gate"]
+
+
+def test_heads_that_are_experts_are_attention() -> None:
+    profile = probe_units(ZOO["jetmoe"]().model)
+    attention = under("model.layers.0.self_attention", "experts.input_linear", "experts.output_linear", "kv_proj")
+    assert rows(profile, "blocks.0") == [
+        ("blocks.0.attention", "attention", attention),
+        ("blocks.0.ffn", "ffn", under("model.layers.0.mlp", "input_linear", "output_linear")),
+    ]
+    routers = [f"model.layers.{i}.{part}.router.layer" for i in (0, 1) for part in ("mlp", "self_attention.experts")]
+    assert sorted(pins(profile, "router")) == sorted(routers)
+
+
+def test_a_router_below_a_module_of_its_own_is_pinned_beside_experts_in_a_dict() -> None:
+    profile = probe_units(ZOO["switch"]().model)
+    assert pins(profile, "router") == [
+        "encoder.block.1.layer.1.mlp.router.classifier",
+        "decoder.block.1.layer.2.mlp.router.classifier",
+    ]
+    experts = [f"expert_{i}.{n}" for i in range(4) for n in ("wi", "wo")]
+    assert rows(profile, "encoder.blocks.1.ffn") == [
+        ("encoder.blocks.1.ffn", "ffn", under("encoder.block.1.layer.1.mlp.experts", *experts))
+    ]
+
+
+def test_stages_give_their_blocks_and_what_stands_beside_them() -> None:
+    profile = probe_units(ZOO["swin"]().model)
+    names = [u.name for u in profile.units]
+    blocks = [f"blocks.{stage}.{i}.{part}" for stage in (0, 1) for i in (0, 1) for part in ("attention", "ffn")]
+    assert names == ["conv", *blocks[:4], "blocks.0.other", *blocks[4:], "classifier"]
+    assert rows(profile, "blocks.0.other") == [
+        ("blocks.0.other", "other", ["swin.encoder.layers.0.downsample.reduction"])
+    ]
+    assert len(pins(profile, "code of its own")) == 4  # the position tables
+
+
+def test_a_recurrence_with_gates_of_its_own_is_one_mixer() -> None:
+    profile = probe_units(ZOO["recurrent_gemma"]().model)
+    mixer = under("model.layers.0.temporal_block", "linear_y", "linear_x", "linear_out", "conv_1d")
+    assert rows(profile, "blocks.0.mixer") == [("blocks.0.mixer", "other", mixer)]
+    assert pins(profile, "code of its own") == under(
+        "model.layers", "0.temporal_block.rg_lru", "1.temporal_block.rg_lru"
+    )
+
+
+def test_computed_weights_and_a_ctc_head() -> None:
+    profile = probe_units(ZOO["wav2vec2"]().model)
+    assert rows(profile)[-1] == ("lm_head", "lm_head", ["lm_head"])
+    assert rows(profile, "encoder.conv") == [("encoder.conv", "conv", ["wav2vec2.encoder.pos_conv_embed.conv"])]
+    assert pins(profile, "parametrization") == ["wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight"]
+
+
+def test_transposed_convolutions_are_convolutions() -> None:
+    profile = probe_units(ZOO["upsampler"]().model)
+    assert rows(profile) == [("conv", "conv", ["down", "middle", "up", "out"])]
+    assert profile.unit("conv").formats == (Format.FP32, Format.BF16, Format.FP16)
+
+
+def test_channel_mixing_with_a_gate_behind_it_is_an_ffn() -> None:
+    block = nn.ModuleDict(
+        {
+            "time": nn.ModuleDict({n: nn.Linear(32, 32, bias=False) for n in ("key", "value", "receptance", "output")}),
+            "channel": nn.ModuleDict(
+                {"key": nn.Linear(32, 128), "receptance": nn.Linear(32, 32), "value": nn.Linear(128, 32)}
+            ),
+        }
+    )
+    model = nn.ModuleDict({"emb": nn.Embedding(64, 32), "blocks": nn.ModuleList([block, copy.deepcopy(block)])})
+    assert [(u.name, u.role.value) for u in probe_units(model).units][1:3] == [
+        ("blocks.0.attention", "attention"),
+        ("blocks.0.ffn", "ffn"),
+    ]
+
+
+def test_matrices_in_einsums_are_pinned_and_the_rest_is_placed() -> None:
+    config = transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=2, d_inner=64)
+    profile = probe_units(transformers.XLNetLMHeadModel(config))
+    assert [u.name for u in profile.units] == ["embeddings", "blocks.0.ffn", "blocks.1.ffn", "lm_head"]
+    assert pins(profile, "code of its own") == under("transformer.layer", "0.rel_attn", "1.rel_attn")

@@ -340,6 +340,193 @@ def bare_gpt() -> Case:
     return Case(model, ids, lambda logits: functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten()))
 
 
+def falcon() -> Case:
+    """Falcon: a linear layer of its own class, parallel attention with one key and value head."""
+    config = transformers.FalconConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        pad_token_id=0,
+    )
+    return _lm(transformers.FalconForCausalLM(config))
+
+
+def deepseek_v3() -> Case:
+    """DeepSeek V3: low-rank queries, keys and values, a shared expert, a dense first block."""
+    config = transformers.DeepseekV3Config(
+        **_LLAMA | {"num_key_value_heads": 2},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    )
+    return _lm(_filled(transformers.DeepseekV3ForCausalLM(config)))
+
+
+def llama4() -> Case:
+    """Llama 4: experts as batched products, a shared expert."""
+    config = transformers.Llama4TextConfig(
+        **_LLAMA | {"intermediate_size": 32},
+        intermediate_size_mlp=64,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        head_dim=16,
+        attention_chunk_size=32,
+    )
+    return _lm(_filled(transformers.Llama4ForCausalLM(config)))
+
+
+def gpt_oss() -> Case:
+    """GPT-OSS: experts with biases, attention sinks."""
+    config = transformers.GptOssConfig(
+        **_LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8
+    )
+    return _lm(_filled(transformers.GptOssForCausalLM(config)))
+
+
+def jetmoe() -> Case:
+    """JetMoE: attention heads that are experts, experts whose two matrices are two modules."""
+    config = transformers.JetMoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=16,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+    )
+    return _lm(_filled(transformers.JetMoeForCausalLM(config)))
+
+
+def switch() -> Case:
+    """Switch Transformers: experts in a dict, a router with its matrix in a module of its own."""
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        num_experts=4,
+        expert_capacity=32,
+        dropout_rate=0.0,
+        router_jitter_noise=0.0,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return _lm(transformers.SwitchTransformersForConditionalGeneration(config))
+
+
+def qwen3_next() -> Case:
+    """Qwen3-Next: blocks of a gated delta rule and of attention, a shared expert with a gate."""
+    config = transformers.Qwen3NextConfig(
+        **_LLAMA,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    return _lm(_filled(transformers.Qwen3NextForCausalLM(config)))
+
+
+def recurrent_gemma() -> Case:
+    """RecurrentGemma: a linear recurrence whose gates are matrices of its own code."""
+    config = transformers.RecurrentGemmaConfig(
+        **_LLAMA | {"num_hidden_layers": 3}, lru_width=32, attention_window_size=16, head_dim=16
+    )
+    return _lm(_filled(transformers.RecurrentGemmaForCausalLM(config)))
+
+
+def swin() -> Case:
+    """Swin: stages of blocks with a reduction after each, position tables in the attention."""
+    config = transformers.SwinConfig(
+        image_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=4,
+        num_labels=16,
+        drop_path_rate=0.0,
+    )
+    pixels = torch.randn(2, 3, 32, 32)
+    model = transformers.SwinForImageClassification(config)
+    return Case(model, {"pixel_values": pixels, "labels": torch.tensor([1, 0])}, _own_loss)
+
+
+def wav2vec2() -> Case:
+    """Wav2Vec2: a convolution whose weight is computed (weight norm), a CTC head."""
+    config = transformers.Wav2Vec2Config(
+        vocab_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_stride=(4, 4),
+        conv_kernel=(8, 4),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        feat_proj_dropout=0.0,
+        final_dropout=0.0,
+        layerdrop=0.0,
+        mask_time_prob=0.0,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )
+    model = transformers.Wav2Vec2ForCTC(config)
+    return Case(model, {"input_values": torch.randn(2, 640)}, lambda output: _squares(output.logits))
+
+
+class Upsampler(nn.Module):
+    """A convolution down, one whose weight is normed, a transposed one up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.middle = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1))
+        self.up = nn.ConvTranspose2d(16, 16, 2, stride=2)
+        self.out = nn.Conv2d(16, 4, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return [B, 4, H, W]."""
+        hidden = functional.relu(self.middle(functional.relu(self.down(image))))
+        result: Tensor = self.out(functional.relu(self.up(hidden)))
+        return result
+
+
+def upsampler() -> Case:
+    """A small U-shaped network of convolutions."""
+    return Case(Upsampler(), torch.randn(2, 3, 16, 16), _squares)
+
+
 class TorchEncoder(nn.Module):
     """PyTorch's own encoder between a lookup and a head."""
 
@@ -420,6 +607,17 @@ _MAKERS: list[Callable[[], Case]] = [
     qlora,
     bare_gpt,
     torch_encoder,
+    falcon,
+    deepseek_v3,
+    llama4,
+    gpt_oss,
+    jetmoe,
+    switch,
+    qwen3_next,
+    recurrent_gemma,
+    swin,
+    wav2vec2,
+    upsampler,
 ]
 
 

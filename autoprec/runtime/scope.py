@@ -59,7 +59,7 @@ class Scope:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kinds, base = _layers(type(self))
-        return _rebuild, (kinds, base), self.__dict__
+        return _rebuild, (kinds, base), self.__getstate__()
 
     @classmethod
     def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
