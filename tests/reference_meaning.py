@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from autoprec.plan import Plan
+from autoprec.plan import Plan, PlanUnit
 from autoprec.records import Role
 
 __all__ = ["meaning"]
@@ -75,11 +75,11 @@ class Products(TorchFunctionMode):
             kind = self.lookups if unit.role is Role.EMBEDDING else self.leaves
             kind.update({id(modules[name]): str(unit.format) for name in unit.modules})
         held = holders(plan)
-        self.between = {id(modules[path]): choice for path, choice in held.items()}
+        self.between = {id(modules[path]): str(unit.format) for path, unit in held.items()}
         foreign = {"bf16", "fp16"} - {str(plan.ambient)}
-        self.ends = {id(modules[path]) for path, choice in held.items() if choice in foreign}
+        self.ends = {id(modules[path]) for path, unit in held.items() if str(unit.format) in foreign}
         for unit in plan.units:  # a unit that nothing holds ends with its last leaf, and none but an FFN is whole
-            alone = not any(path_holds(path, unit.modules) for path in held)
+            alone = unit not in held.values()
             if alone and str(unit.format) in foreign and unit.role not in (Role.EMBEDDING, Role.LM_HEAD):
                 ends = unit.modules[-1:] if unit.role is Role.FFN else unit.modules
                 self.ends |= {id(modules[name]) for name in ends}
@@ -207,9 +207,9 @@ def widened(value: Any) -> Any:
     return value.float() if low else value
 
 
-def holders(plan: Plan) -> dict[str, str]:
+def holders(plan: Plan) -> dict[str, PlanUnit]:
     """Return the modules whose inside belongs to one unit: the smallest around its leaves, if no rival stands there."""
-    found: dict[str, str] = {}
+    found: dict[str, PlanUnit] = {}
     for unit in plan.units:
         if unit.role is Role.EMBEDDING or len(unit.modules) < 2:
             continue
@@ -221,12 +221,8 @@ def holders(plan: Plan) -> dict[str, str]:
         inside = [u for u in plan.units if any(m.startswith(f"{path}.") or not path for m in u.modules)]
         allowed = (Role.FFN, Role.OTHER) if unit.role is Role.ATTENTION else ()
         if all(u is unit or u.role in allowed for u in inside) and path not in found:
-            found[path] = str(unit.format)
+            found[path] = unit
     return found
-
-
-def path_holds(path: str, modules: tuple[str, ...]) -> bool:
-    return all(m.startswith(f"{path}.") or not path for m in modules)
 
 
 @contextlib.contextmanager

@@ -234,35 +234,6 @@ def test_blocks_of_one_format_share_one_graph(name: str) -> None:
     assert counter.frame_count == 1, "two blocks alike made more than one graph"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
-def test_exported_program_equals_eager(name: str) -> None:
-    case = case_of(name)
-    assert isinstance(case.batch, dict)
-    batch = {k: v for k, v in case.batch.items() if k != "labels"}
-    with applied(case.model, plan_of(case.model, "mixed"), emulate=True), torch.no_grad():
-        if name in ("llama", "gpt2"):
-            batch["use_cache"] = False  # type: ignore[assignment]  # a cache is no output that export knows
-        expected = case.model(**batch).logits
-        program = torch.export.export(case.model, (), batch, strict=False)
-        assert torch.equal(program.module()(**batch).logits, expected)
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_adapters_put_on_afterwards_keep_the_base_in_its_format(name: str) -> None:
-    import peft
-
-    case = case_of(name)
-    targets = {"llama": ["q_proj", "down_proj"], "bert": ["query", "dense"]}[name]
-    with applied(case.model, plan_of(case.model, "mixed"), emulate=True):
-        expected = step(case)[0]
-        adapted: Any = peft.get_peft_model(case.model, peft.LoraConfig(r=4, target_modules=targets))
-        loss = case.loss(Case(adapted, case.batch, case.loss).run())
-        # adapters begin with a factor of zeros, so they add nothing yet
-        assert torch.equal(loss.detach(), expected)  # type: ignore[arg-type]
-        loss.backward()
-        assert all(p.grad is not None for n, p in adapted.named_parameters() if "lora_B" in n)
-
-
 class Shared(nn.Module):
     """Two blocks of one storage, the first of which runs twice."""
 

@@ -99,7 +99,10 @@ def _problems(root: nn.Module) -> Iterator[str]:
         yield conflict
     sharded = any(type(m).__name__.startswith("FSDP") for m in root.modules())
     for name, before in notes["leaves"].items() if not sharded else ():
-        leaf = modules.get(f"{name}.base_layer") or modules.get(name)
+        inner = name
+        while f"{inner}.base_layer" in modules:  # adapters stand around it, one for each of its parameters
+            inner += ".base_layer"
+        leaf = modules.get(inner)
         if leaf is None or leaf.__dict__.get("_modules", {}).keys() & {"original_module"}:
             continue
         if (after := _kind_of(leaf)) != before:

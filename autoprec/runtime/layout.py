@@ -148,7 +148,8 @@ def holders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, PlanUnit]
         rivals = [o for o in owners[path] if o is not unit]
         if unit.role is Role.ATTENTION:
             rivals = [o for o in rivals if o.role not in (Role.FFN, Role.OTHER)]
-        if not rivals and path not in found and not isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
+        # a list is never called itself, so nothing would run in its scope
+        if not rivals and path not in found and type(modules[path]).forward is not nn.Module.forward:
             found[path] = unit
     return found
 

@@ -217,8 +217,14 @@ def _scoped(kind: type[Scope], base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return kind.run(self, base.forward, args, kwargs)  # looked up now: a class may be patched between two plans
 
+    @functools.wraps(base.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+        cls: Any = type(self)
+        self.__class__ = _unscoped(cls)  # adapters make layers of a layer's own class; no plan knows of them
+
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    body = {"forward": forward, "_autoprec_base": base, **names}
+    body = {"__init__": init, "forward": forward, "_autoprec_base": base, **names}
     made = cast("type[nn.Module]", type(base.__name__, (kind, base), body))
     return _SCOPED.setdefault((kind, base), made)
 
