@@ -175,44 +175,55 @@ def test_activation_checkpointing_recomputes_in_the_same_formats(name: str, choi
         assert_equal(step(case), expected)
 
 
-def compiles(case: Case) -> bool:
-    """Say whether the plain model, without a plan, makes one graph."""
+def compiled(case: Case) -> list[Tensor | None]:
     torch.compiler.reset()
     try:
-        step(case, torch.compile(case.model, fullgraph=True, backend="aot_eager"))  # type: ignore[arg-type]
-    except Exception:
-        return False
+        return step(case, torch.compile(case.model, fullgraph=True, backend="aot_eager"))  # type: ignore[arg-type]
     finally:
         torch.compiler.reset()
-    return True
+
+
+def same(found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(found, expected, strict=True)
+    )
 
 
 def compare_compiled(name: str, choice: str) -> None:
     case = case_of(name)
-    able = compiles(case)
+    plain = step(case)
+    exact = same(compiled(case), plain)
     with applied(case.model, plan_of(case.model, choice), emulate=True):
         expected = step(case)
-        if not able:
-            return
-        compiled: Any = torch.compile(case.model, fullgraph=True, backend="aot_eager")
-        found = step(case, compiled)
-        torch.compiler.reset()
-    assert_equal(found, expected)
+        found = compiled(case)
+    if exact:
+        assert_equal(found, expected)
+        return
+    # Without a plan PyTorch's compiled backward sums in another order here, and gradients differ by up to 3e-7 of
+    # their largest value: some roundings of FP32.
+    for a, b in zip(found, expected, strict=True):
+        assert a is None or b is None or (a - b).abs().max() <= 1e-6 * b.abs().max()
 
 
-#: architectures of which the plain model makes one graph here; data-dependent experts and 4-bit kernels do not
-COMPILED = [n for n in ZOO if n not in ("qlora",)]
+#: architectures of which the plain model makes no graph: capacities that depend on data, views that fake tensors refuse
+NOT_COMPILED = ("switch", "qwen3_next")
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "opt", "albert", "torch_encoder", "batchnorm_cnn"])
 def test_compiled_whole_equals_eager(name: str) -> None:
-    assert compiles(case_of(name))
     compare_compiled(name, "mixed")
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("name", NOT_COMPILED)
+def test_what_does_not_compile_does_not_without_a_plan(name: str) -> None:
+    with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported)):
+        compiled(case_of(name))
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [n for n in ZOO if n not in NOT_COMPILED])
 def test_compiled_whole_equals_eager_everywhere(name: str, choice: str) -> None:
     compare_compiled(name, choice)
 

@@ -118,11 +118,12 @@ def gpt2() -> Case:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        loss_type="ForCausalLM",
         bos_token_id=1,
         eos_token_id=2,
     )
-    return _lm(transformers.GPT2LMHeadModel(config))
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # what its class name does not tell, of which Transformers warns at every loss
+    return _lm(model)
 
 
 def gpt_neox() -> Case:

@@ -8,6 +8,7 @@ gradient in E5M2 (recipe `tensorwise`) or E4M3 (`rowwise`), both products rounde
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from autoprec.formats import Format, Fp8Family, Fp8Recipe, NumberFormat, layout
 from autoprec.runtime.emulate import fp8_quantize
 
-__all__ = ["fp8_emulated_matmul", "fp8_matmul", "fp8_missing"]
+__all__ = ["fp8_emulated_matmul", "fp8_grouped_matmul", "fp8_matmul", "fp8_missing"]
 
 #: tensor cores take FP8 operands in groups of 16 bytes
 _ALIGNMENT = 16
@@ -117,3 +118,87 @@ def fp8_emulated_matmul(x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family:
     flat = x.reshape(-1, x.shape[-1])
     result: Tensor = _EmulatedMatmul.apply(flat, weight_io, recipe, family)  # type: ignore[no-untyped-call]
     return result.reshape(*x.shape[:-1], -1)
+
+
+def fp8_grouped_matmul(
+    x: Tensor, weight: Tensor, ends: Tensor, recipe: Fp8Recipe, family: Fp8Family = Fp8Family.OCP, *, emulate: bool
+) -> Tensor:
+    """Return for each group of rows its product in FP8 with a matrix of its own, each operand with its own scale.
+
+    Args:
+        x: [rows, in], sorted by group, in the dtype the result shall have.
+        weight: [groups, in, out].
+        ends: [groups], the row at which each group ends; rows behind the last give zeros.
+    """
+    if torch.compiler.is_compiling():
+        result: Tensor = _grouped(x, weight, ends, recipe.value, family.value, emulate)
+        return result
+    parts = [_one(x[rows], w, recipe.value, family.value, emulate) for rows, w, _ in _groups(x, weight, ends)]
+    left = len(x) - sum(map(len, parts))
+    return torch.cat([*parts, x.new_zeros(left, weight.shape[2])])
+
+
+def _groups(x: Tensor, weight: Tensor, ends: Tensor) -> Iterator[tuple[slice, Tensor, int]]:
+    start = 0
+    for index, end in enumerate(ends.tolist()):
+        if end > start:
+            yield slice(start, end), weight[index], index
+        start = end
+
+
+def _one(x: Tensor, weight_io: Tensor, recipe: str, family: str, emulate: bool) -> Tensor:
+    """Return one product as a single node of autograd's graph."""
+    result: Tensor
+    if emulate:
+        result = _EmulatedMatmul.apply(x, weight_io, Fp8Recipe(recipe), Fp8Family(family))  # type: ignore[no-untyped-call]
+    else:
+        function, products, config = _torchao(Fp8Recipe(recipe))
+        result = function.apply(x, weight_io, products, config)
+    return result
+
+
+# An operator of its own, because how many rows a group has is known to no compiler: a loop over them breaks its graph.
+@torch.library.custom_op("autoprec::fp8_grouped_matmul", mutates_args=())
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor, recipe: str, family: str, emulate: bool) -> Tensor:
+    result = x.new_zeros(x.shape[0], weight.shape[2])
+    for rows, matrix, _ in _groups(x, weight, ends):
+        result[rows] = _one(x[rows], matrix, recipe, family, emulate)
+    return result
+
+
+@torch.library.custom_op("autoprec::fp8_grouped_matmul_backward", mutates_args=())
+def _grouped_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor, recipe: str, family: str, emulate: bool
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+    for rows, matrix, index in _groups(x, weight, ends):
+        a, b = x[rows].detach().requires_grad_(), matrix.detach().requires_grad_()
+        with torch.enable_grad():
+            product = _one(a, b, recipe, family, emulate)
+        grad_x[rows], grad_weight[index] = torch.autograd.grad(product, (a, b), grad[rows])
+    return grad_x, grad_weight
+
+
+@_grouped.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor, recipe: str, family: str, emulate: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@_grouped_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor, recipe: str, family: str, emulate: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def _derive(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, grad_weight = _grouped_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+    return grad_x, grad_weight, None, None, None, None
+
+
+_grouped.register_autograd(_derive, setup_context=_keep)

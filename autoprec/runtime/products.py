@@ -17,20 +17,22 @@ __all__ = ["CastProducts", "Product", "fp8_attention"]
 
 #: x [..., in] and a weight [in, out] to their product
 Product = Callable[[Tensor, Tensor], Tensor]
+#: the same for rows sorted by group, weights [groups, in, out] and the rows at which the groups end
+Grouped = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _PAIRS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
 _ADDED = (torch.addmm, torch.baddbmm, torch.addbmm, Tensor.addmm, Tensor.baddbmm)
 
 
 class CastProducts(TorchFunctionMode):
-    """Within the block, every product casts its operands to `dtype`, or goes through `fp8` where that is given.
+    """Within the block, every product casts its operands to `dtype`, or goes through `fp8` and `grouped` where given.
 
     In FP8 the matrix of an expert has its own scale. For batched products (`bmm`) each item is an expert.
     """
 
-    def __init__(self, dtype: torch.dtype, fp8: Product | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, fp8: Product | None = None, grouped: Grouped | None = None) -> None:
         super().__init__()
-        self.dtype, self.fp8 = dtype, fp8
+        self.dtype, self.fp8, self.grouped = dtype, fp8, grouped
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,14 +72,8 @@ class CastProducts(TorchFunctionMode):
         if self.fp8 is None:
             result: Tensor = func(self._low(input), self._low(weight), *rest, **kwargs)
             return result
-        offsets = rest[0] if rest else kwargs["offs"]
-        parts, start = [], 0
-        for index, end in enumerate(offsets.tolist()):
-            if end > start:
-                parts.append(self.fp8(input[start:end], weight[index]))
-            start = end
-        left = len(input) - start
-        return torch.cat([*parts, input.new_zeros(left, weight.shape[2], dtype=self.dtype)])
+        assert self.grouped is not None
+        return self.grouped(self._low(input), weight, rest[0] if rest else kwargs["offs"])
 
 
 def fp8_attention(

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprec.formats import Fp8Family, Fp8Recipe
-from autoprec.runtime.fp8 import fp8_emulated_matmul, fp8_matmul
+from autoprec.runtime.fp8 import fp8_emulated_matmul, fp8_grouped_matmul, fp8_matmul
 from autoprec.runtime.integrity import check_once
-from autoprec.runtime.products import CastProducts, Product, fp8_attention
+from autoprec.runtime.products import CastProducts, Grouped, Product, fp8_attention
 
 __all__ = [
     "AmbientScope",
@@ -142,7 +142,8 @@ class ExpertsScope(Scope):
         dtype, recipe = module._autoprec_dtype, module._autoprec_recipe
         if dtype is torch.float32 and recipe is None:
             args, kwargs = _cast(args, dtype, _LOW), _cast(kwargs, dtype, _LOW)
-        with _autocast(_device_type(module), None), CastProducts(dtype, _fp8_product(module) if recipe else None):
+        products = CastProducts(dtype, _fp8_product(module), _fp8_grouped(module)) if recipe else CastProducts(dtype)
+        with _autocast(_device_type(module), None), products:
             result = forward(module, *args, **kwargs)
         return _cast(result, module._autoprec_stream) if module._autoprec_stream is not None else result
 
@@ -255,6 +256,16 @@ def _fp8_product(module: Any) -> Product:
             return fp8_matmul(x.to(dtype), weight_io, recipe)
 
     return product
+
+
+def _fp8_grouped(module: Any) -> Grouped:
+    """Return the grouped product with the module's settings; experts call it with autocast off."""
+    recipe, family, emulate = module._autoprec_recipe, module._autoprec_family, module._autoprec_emulate
+
+    def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return fp8_grouped_matmul(x, weight, ends, recipe, family, emulate=emulate)
+
+    return grouped
 
 
 def _autocast(device_type: str, dtype: torch.dtype | None) -> Any:
