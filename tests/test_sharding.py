@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 from zoo import ZOO
 
-from autoprec import Plan, probe_units
+from autoprec import Plan, apply, probe_units
+from autoprec.errors import PlanError
 from autoprec.formats import Format
 from autoprec.runtime.identity import canonical_modules
 from autoprec.runtime.sharding import sharding_conflict
@@ -184,6 +185,44 @@ def test_ddp_around_fp32_weights_is_no_place_for_a_plan_that_stores_bf16(model: 
     assert "gradients would not be averaged" in said and "before DistributedDataParallel" in said
     low = DistributedDataParallel(ZOO["llama"]().model.to(BF16))
     assert sharding_conflict(dict(low.named_modules()), plan) is None
+
+
+def test_ddp_is_found_around_the_model_it_wraps(model: nn.Module) -> None:
+    plan, wrapper = Plan.cast(model, "bf16"), DistributedDataParallel(model)
+    with pytest.raises(PlanError, match="gradients would not be averaged"):
+        apply(wrapper.module, plan)
+    apply(model, Plan.uniform(model, "bf16")).remove()  # changes nothing that the wrapper holds
+
+
+def test_a_plan_that_stores_low_stays_where_the_model_was_wrapped_since(model: nn.Module) -> None:
+    ids = torch.arange(8)[None]
+    handle = apply(model, Plan.cast(model, "bf16"))
+    wrapper = DistributedDataParallel(model)
+    wrapper(ids).logits.float().sum().backward()
+    with pytest.raises(PlanError, match="DistributedDataParallel was put around it since"):
+        handle.remove()
+    assert model.get_submodule("lm_head").weight.dtype is BF16
+    wrapper(ids)  # the plan is in force still
+    del wrapper
+    handle.remove()
+    assert model.get_submodule("lm_head").weight.dtype is FP32
+
+
+def test_a_plan_that_stores_low_stays_where_the_model_was_sharded_since(model: nn.Module) -> None:
+    handle = apply(model, Plan.cast(model, "bf16"))
+    shard(model, {})
+    model(torch.arange(8)[None]).logits.float().sum().backward()
+    with pytest.raises(PlanError, match=r"parameters were replaced since .*Remove the plan before wrapping"):
+        handle.remove()
+    model(torch.arange(8)[None])
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+def test_fsdp1_with_flat_weights_is_told_before_all_else(model: nn.Module, uniform: Uniform) -> None:
+    plan = uniform("bf16")
+    flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    with pytest.raises(PlanError, match="pass use_orig_params=True"):
+        apply(flat, plan)
 
 
 def test_modules_sharded_as_one_group(model: nn.Module, uniform: Uniform) -> None:

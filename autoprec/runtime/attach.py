@@ -20,7 +20,7 @@ from autoprec.runtime.identity import aliases, canonical_modules, fingerprint
 from autoprec.runtime.integrity import note, patched_forward
 from autoprec.runtime.layout import Swap, holds_experts, is_packed, swaps_of
 from autoprec.runtime.scope import Scope, enter_scope, leave_scope
-from autoprec.runtime.sharding import sharding_conflict
+from autoprec.runtime.sharding import ddp_around, flattened, sharding_conflict
 from autoprec.runtime.storage import LoweredStorage, lower_storage
 from autoprec.runtime.switches import COMPILED_BACKWARD_AS_EAGER, FAST_ATTENTION_OFF
 from autoprec.runtime.tf32 import tf32_set
@@ -45,11 +45,28 @@ class Applied:
         """Restore classes, storage and switches; what training changed meanwhile is kept.
 
         Raises:
-            PlanError: the plan was removed before.
+            PlanError: the plan was removed before; or it stores weights low and the model was sharded or wrapped since.
         """
         if not self._attached:
             raise PlanError("this plan is not in force any more: it was removed before")
+        self._check_storage()
         self._detach()
+
+    def _check_storage(self) -> None:
+        """Check that the weights a plan stores low are where it left them, so that their FP32 bits can come back."""
+        if self._storage is None:
+            return
+        what = None
+        if name := self._storage.replaced(self.model):
+            what = f"its parameters were replaced since (first '{name}'), as fully_shard does"
+        elif ddp_around(self._modules[""]):
+            what = "DistributedDataParallel was put around it since, and holds them as they are"
+        if what:
+            raise PlanError(
+                f"the plan stores the weights of this {type(self.model).__name__} in {self.plan.stream}, and {what}: "
+                "their fp32 bits cannot be put back. Remove the plan before wrapping the model, or keep it and build "
+                "a new model from the state_dict."
+            )
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -102,6 +119,8 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
         DeviceError: the device lacks a format of the plan and `emulate` is off.
     """
     modules = canonical_modules(model)
+    if flat := flattened(model):
+        raise PlanError(flat)
     _check_fits(model, plan, modules)
     emulated = _check_device(model, plan, modules, emulate)
     swaps = tuple(swaps_of(plan, modules, emulated))

@@ -7,6 +7,7 @@ scope can widen again. Nothing is imported for this: a model that is sharded bro
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from autoprec.plan import Plan, PlanUnit
 from autoprec.runtime.emulate import torch_dtype
 from autoprec.runtime.identity import canonical_modules
 
-__all__ = ["sharding_conflict"]
+__all__ = ["ddp_around", "flattened", "sharding_conflict"]
 
 _PLAIN = "MixedPrecisionPolicy(reduce_dtype=torch.float32) without param_dtype"
 _WIDE = "MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)"
@@ -223,9 +224,19 @@ def _entry_harmed(plan: Plan, dtype: torch.dtype) -> str | None:
 # the others
 
 
+def ddp_around(root: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
+    """Return the DDP wrappers around a model, of which the model itself knows nothing."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    found = (m for m in gc.get_objects() if type(m) is nn.parallel.DistributedDataParallel)
+    return [m for m in found if any(inner is root for inner in m.modules())]
+
+
 def _ddp_conflict(root: nn.Module, modules: Iterable[nn.Module], plan: Plan) -> str | None:
     """Say whether DDP was given its private `mixed_precision`, or holds weights whose dtype the plan would change."""
     wrappers = [m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)]
+    if plan.stream is not Format.FP32:  # else nothing that DDP holds is changed, and no wrapper need be looked for
+        wrappers += ddp_around(root)
     wide = any(p.dtype is torch.float32 for m in wrappers for p in m.parameters())
     if wide and plan.stream is not Format.FP32 and any(u.format is plan.stream for u in plan.units):
         return (
@@ -239,6 +250,18 @@ def _ddp_conflict(root: nn.Module, modules: Iterable[nn.Module], plan: Plan) -> 
             "DistributedDataParallel has mixed_precision set, which replaces all weights by low-precision copies "
             "before any unit runs; wrap with DistributedDataParallel(model) and leave precision to the plan"
         )
+    return None
+
+
+def flattened(model: nn.Module) -> str | None:
+    """Return what to do about FSDP1's flat parameters, in which no layer has a weight of its own; None without them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FullyShardedDataParallel) and not module._use_orig_params:  # type: ignore[union-attr]
+            return (
+                "FullyShardedDataParallel has flattened the weights, so no layer owns one whose format a plan could "
+                f"choose; pass use_orig_params=True, or shard with fully_shard (FSDP2) and {_PLAIN}"
+            )
     return None
 
 

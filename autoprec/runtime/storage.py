@@ -47,6 +47,14 @@ class LoweredStorage:
 
     held: list[_Held] = field(default_factory=list)
 
+    def replaced(self, model: nn.Module) -> str | None:
+        """Return the name of a tensor that stands in the model where one of these stood; None where all still do."""
+        here = {id(t) for t in (*model.parameters(), *model.buffers())}
+        if all(id(item.tensor) in here for item in self.held):
+            return None
+        known = {id(item.tensor) for item in self.held}
+        return next((name for name, p in model.named_parameters() if id(p) not in known), "a parameter")
+
     def lower(self) -> None:
         """Put the low bits in place."""
         for item in self.held:
