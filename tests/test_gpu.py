@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from importlib import import_module
 from typing import cast
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autoprec import Plan, applied, apply
+from autoprec import Plan, applied, apply, audit
 from autoprec.formats import Fp8Recipe
 from autoprec.probe.units import probe_units
 from autoprec.records import AuditReport, Direction, OpKind, Role
@@ -134,8 +133,7 @@ def test_a_plans_tf32_is_in_force_until_it_is_removed() -> None:
 def audited(plan: Plan, model: nn.Module) -> AuditReport:
     """Audit a training step of a model on the device."""
     ids = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1)).to(CUDA)
-    found: AuditReport = import_module("autoprec").audit(model, plan, {"input_ids": ids, "labels": ids})
-    return found
+    return audit(model, plan, {"input_ids": ids, "labels": ids})
 
 
 def executed(report: AuditReport, choice: str) -> set[str]:
