@@ -414,6 +414,13 @@ def test_empty_foreign_and_lazy_models_are_refused() -> None:
         probe_units(nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2)))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_of_no_width_are_placed() -> None:
+    empty = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 0), "v": nn.Linear(8, 0), "o": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"attn": empty})])})
+    assert sorted(m for u in probe_units(model).units for m in u.modules) == [f"blocks.0.attn.{n}" for n in "koqv"]
+
+
 def test_deep_model_places_every_block() -> None:
     with torch.device("meta"):
         model = Bare([*_SEPARATE, *_FFN], depth=1000)

@@ -227,7 +227,7 @@ def _is_attention(leaves: _Leaves, width: int, hinted: bool) -> bool:
         separate_kv = any(
             q.inputs == width == out.outputs
             and q.outputs == out.inputs
-            and kv.outputs % 2 == 0
+            and kv.outputs > 0 == kv.outputs % 2
             and (kv.outputs != q.outputs or hinted)
             and q.outputs % (kv.outputs // 2) == 0
             for q, kv, out in permutations(leaves)
@@ -248,7 +248,7 @@ def _are_qkv(leaves: _Leaves, width: int, inner: int | None = None) -> bool:
         and inner in (None, q.outputs)
         and k.inputs == v.inputs
         and k.outputs == v.outputs
-        and q.outputs % k.outputs == 0
+        and k.outputs > 0 == q.outputs % k.outputs
         for q, k, v in permutations(leaves)
     )
 
