@@ -34,7 +34,7 @@ from autoprec.records import Role
 
 LOW = torch.bfloat16
 #: batch and window; so few tokens for the tiny one that arithmetic is the lesser part of its step
-SIZES = {"tiny": (1, 16), "smollm2": (2, 256)}
+SIZES = {"tiny": (1, 16), "smollm2": (1, 128)}
 #: the most a plan may cost on a real model, at the lower end of the interval
 BAR = 1.03
 

@@ -9,6 +9,7 @@ that cannot be built from a default configuration, or need another library, are 
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections import Counter
@@ -65,9 +66,11 @@ def shorten(config: Any, depth: int) -> None:
     """Leave at most `depth` layers, in the configurations within this one too."""
     for name in _DEPTHS:
         if isinstance(getattr(config, name, None), int) and getattr(config, name) > depth:
-            setattr(config, name, depth)
+            with contextlib.suppress(AttributeError, ValueError):  # some depths follow from other settings
+                setattr(config, name, depth)
     if isinstance(getattr(config, "layer_types", None), list):
-        config.layer_types = config.layer_types[:depth]
+        with contextlib.suppress(AttributeError, ValueError):
+            config.layer_types = config.layer_types[:depth]
     for inner in list(vars(config).values()):
         if isinstance(inner, transformers.PretrainedConfig):
             shorten(inner, depth)
