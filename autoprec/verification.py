@@ -27,9 +27,10 @@ def verify(
 ) -> Verification:
     """Audit one step of a plan on a workload, measure it against FP32, and compare with the plan's own figures.
 
-    A plan holds when every operator ran in the format planned, the plan could be run to its end, and none of its
-    figures is worse here by more than the noise of the two. Figures of other data, weights or devices differ for good
-    reasons: the plan names its weights and device, and a difference in these is a warning.
+    A plan holds when every operator ran in the format planned, the plan could be run to its end, its gradient's error
+    is within the limit, and none of its figures is worse here by more than the noise of the two. Figures of other
+    data, weights or devices differ for good reasons: the plan names its weights and device, and a difference in these
+    is a warning.
 
     Args:
         workload: model and batches, on the device to measure on, in the plan's mode.
@@ -50,6 +51,15 @@ def verify(
     problems = [*report.disagreements]
     if found.drop is None:
         problems.append(f"the plan could not be measured: {found.reason}")
+    if (
+        found.grad_error is not None
+        and found.grad_error_limit is not None
+        and found.grad_error > found.grad_error_limit
+    ):
+        problems.append(
+            f"the gradient's relative squared error is {found.grad_error:.3g}, over its limit of "
+            f"{found.grad_error_limit:.3g} (a tenth of what batches differ by)"
+        )
     problems += [
         f"{check.figure} is worse than the plan says: {_text(check.here)}, against {_text(check.said)}"
         for check in checks

@@ -13,13 +13,15 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from test_matrix import case_of, plan_of
 
+import autoprec.verification
 from autoprec import Plan, Workload
 from autoprec.cli.main import main
 from autoprec.errors import DeviceError, PlanError
 from autoprec.files import as_json, from_json
 from autoprec.formats import Format
+from autoprec.measurement import Request, evaluate
 from autoprec.plan import Evidence
-from autoprec.records import CheckOutcome, Figure, KernelRow, Origin, Verification
+from autoprec.records import CheckOutcome, Figure, KernelRow, Measurement, Origin, Verification
 from autoprec.report.audits import print_audit, print_verification
 from autoprec.runtime.scope import Scope
 from autoprec.verification import verify
@@ -62,7 +64,9 @@ def bypassed():
 def workload(name: str = "llama", mode: str = "train") -> Workload:
     torch.set_num_threads(1)
     case = case_of(name)
-    return Workload(case.model, [case.batch, case.batch, case.batch], mode)
+    if isinstance(case.batch, torch.Tensor):
+        return Workload(case.model, [(case.batch + 7 * i) % 90 for i in range(3)], mode)
+    return Workload(case.model, [{k: (v + 7 * i) % 90 for k, v in case.batch.items()} for i in range(3)], mode)
 
 
 def figure(value: float, low: float, high: float, unit: str = "nats") -> Figure:
@@ -156,6 +160,19 @@ def test_a_plan_that_overflows_does_not_hold() -> None:
     found = verify(given, Plan.uniform(given.model, "fp16"))
     assert not found.holds
     assert "could not be measured: the output is not finite" in found.problems[0]
+
+
+def test_a_gradient_over_its_limit_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = workload()
+
+    def over(request: Request) -> Measurement:
+        return dataclasses.replace(evaluate(request), grad_error=0.2, grad_error_limit=0.1)
+
+    monkeypatch.setattr(autoprec.verification, "evaluate", over)
+    found = verify(given, Plan.uniform(given.model, "bf16"))
+    assert found.problems == (
+        "the gradient's relative squared error is 0.2, over its limit of 0.1 (a tenth of what batches differ by)",
+    )
 
 
 def test_another_model_is_refused() -> None:

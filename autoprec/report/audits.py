@@ -15,6 +15,7 @@ from autoprec.records import (
     CheckOutcome,
     Direction,
     KernelRow,
+    Measurement,
     OpKind,
     Verification,
 )
@@ -53,12 +54,20 @@ def _figures(found: Verification) -> list[list[str]]:
     here = {
         "drop": (f"drop, {unit}", interval(m.drop, m.drop_ci95) + origin_note(m.origin.drop)),
         "drop %": ("drop, %", percent),
+        "gradient": ("gradient error", _gradient(m)),
         "speedup": ("speedup", interval(m.speedup, m.speedup_ci95, suffix="x")),
         "step": ("step, ms", interval(m.step_ms, m.step_ms_ci95)),
         "peak_bytes": ("peak", "-" if m.peak_bytes is None else bytes_text(m.peak_bytes)),
         "metric": ("metric", "" if m.metric is None else number(m.metric)),
     }
     return [[title, value, *_said(checks.get(key))] for key, (title, value) in here.items() if value]
+
+
+def _gradient(m: Measurement) -> str:
+    if m.grad_error is None:
+        return ""
+    limit = "" if m.grad_error_limit is None else f" (limit {number(m.grad_error_limit)})"
+    return number(m.grad_error) + limit
 
 
 def _said(check: Check | None) -> list[str]:
