@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 import transformers
+from reference_meaning import meaning
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo import ZOO
 
+from autoprec import Plan, applied, audit
 from autoprec.formats import Format
 from autoprec.probe.units import probe_units
 from autoprec.records import LeafKind, ModelProfile
@@ -274,3 +276,130 @@ def test_matrices_in_einsums_are_pinned_and_the_rest_is_placed() -> None:
     profile = probe_units(transformers.XLNetLMHeadModel(config))
     assert [u.name for u in profile.units] == ["embeddings", "blocks.0.ffn", "blocks.1.ffn", "lm_head"]
     assert pins(profile, "code of its own") == under("transformer.layer", "0.rel_attn", "1.rel_attn")
+
+
+def bare(block: nn.Module, **beside: nn.Module) -> nn.ModuleDict:
+    """Two such blocks after a lookup, and what else is given."""
+    blocks = nn.ModuleList([block, copy.deepcopy(block)])
+    return nn.ModuleDict({"wte": nn.Embedding(64, 32), "blocks": blocks, **beside})
+
+
+def linears(**widths: tuple[int, int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(*shape) for name, shape in widths.items()})
+
+
+def test_a_shared_expert_of_as_many_channels_as_there_are_experts_is_no_router() -> None:
+    moe = nn.ModuleDict({"gate": nn.Linear(32, 16), "experts": Experts(16, 32, 16)})
+    moe["shared"] = linears(gate=(32, 16), up=(32, 16), down=(16, 32))
+    profile = probe_units(
+        bare(nn.ModuleDict({"attn": linears(q=(32, 32), k=(32, 32), v=(32, 32), o=(32, 32)), "m": moe}))
+    )
+    assert pins(profile, "router") == ["blocks.0.m.gate", "blocks.1.m.gate"]
+    assert rows(profile, "blocks.0.ffn") == [
+        ("blocks.0.ffn", "ffn", under("blocks.0.m", "experts", "shared.gate", "shared.up", "shared.down"))
+    ]
+
+
+def test_a_router_of_several_layers_is_pinned_whole() -> None:
+    moe = nn.ModuleDict({"route": linears(up=(32, 48), score=(48, 4)), "experts": Experts(4, 32, 64)})
+    profile = probe_units(
+        bare(nn.ModuleDict({"attn": linears(q=(32, 32), k=(32, 32), v=(32, 32), o=(32, 32)), "m": moe}))
+    )
+    assert pins(profile, "router")[:2] == under("blocks.0.m.route", "up", "score")
+    assert rows(profile, "blocks.0.ffn") == [("blocks.0.ffn", "ffn", ["blocks.0.m.experts"])]
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        {"q_proj": (32, 48), "k_proj": (32, 8), "v_proj": (32, 8), "o_proj": (48, 32), "gate_proj": (32, 48)},
+        {"q": (32, 16), "k": (32, 16), "v": (32, 32), "ogate": (32, 32), "igate": (32, 2), "out": (32, 32)},
+    ],
+    ids=["gated", "matrix memory"],
+)
+def test_queries_keys_and_values_with_gates_are_attention(widths: dict[str, tuple[int, int]]) -> None:
+    block = nn.ModuleDict({"mix": linears(**widths), "mlp": linears(gate=(32, 96), up=(32, 96), down=(96, 32))})
+    assert rows(probe_units(bare(block)), "blocks.0") == [
+        ("blocks.0.attention", "attention", under("blocks.0.mix", *widths)),
+        ("blocks.0.ffn", "ffn", under("blocks.0.mlp", "gate", "up", "down")),
+    ]
+
+
+def test_mixing_of_positions_and_of_channels_are_two_ffns() -> None:
+    block = nn.ModuleDict(
+        {"tokens": linears(up=(16, 24), down=(24, 16)), "channels": linears(up=(32, 64), down=(64, 32))}
+    )
+    assert rows(probe_units(bare(block)), "blocks.0") == [
+        ("blocks.0.ffn", "ffn", under("blocks.0.tokens", "up", "down")),
+        ("blocks.0.ffn_2", "ffn", under("blocks.0.channels", "up", "down")),
+    ]
+
+
+def test_two_loose_ffns_are_two_units() -> None:
+    attention = linears(query=(32, 32), key=(32, 32), value=(32, 32), out=(32, 32))
+    loose = {"up_a": (32, 64), "down_a": (64, 32), "up_b": (32, 64), "down_b": (64, 32)}
+    block = nn.ModuleDict({"attn": attention, **linears(**loose)})
+    assert rows(probe_units(bare(block)), "blocks.0.ffn") == [
+        ("blocks.0.ffn", "ffn", under("blocks.0", "up_a", "down_a")),
+        ("blocks.0.ffn_2", "ffn", under("blocks.0", "up_b", "down_b")),
+    ]
+
+
+def test_a_network_for_boxes_is_no_attention() -> None:
+    chains = nn.ModuleList(nn.Sequential(*(nn.Linear(64, n) for n in (64, 64, 4))) for _ in range(2))
+    roles = {u.role.value for u in probe_units(nn.ModuleDict({"boxes": chains, "x": nn.Linear(64, 64)})).units}
+    assert "attention" not in roles
+
+
+def test_pooling_by_attention_beside_the_blocks() -> None:
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    with torch.device("meta"):
+        profile = probe_units(transformers.SiglipVisionModel(config))
+    assert [(u.name, u.role.value, len(u.modules)) for u in profile.units][-2:] == [
+        ("head.attention", "attention", 2),
+        ("head.ffn", "ffn", 2),
+    ]
+
+
+def test_what_stands_before_the_blocks_or_before_a_convolution_is_no_head() -> None:
+    block = MoeBlock()
+    stem = nn.ModuleDict({"patches": nn.Linear(48, 32), "blocks": nn.ModuleList([block, copy.deepcopy(block)])})
+    assert [u.role.value for u in probe_units(stem).units if u.modules == ("patches",)] == ["other"]
+    image = bare(block, out=nn.Linear(32, 48), pixels=nn.ConvTranspose2d(48, 16, 2))
+    assert [u.role.value for u in probe_units(image).units if u.modules == ("out",)] == ["other"]
+    assert [u.role.value for u in probe_units(bare(block, out=nn.Linear(32, 48))).units][-1] == "lm_head"
+
+
+class Recurrent(nn.Module):
+    """A bag of lookups, a recurrence and a layer whose weight is computed and which has nothing else of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(64, 32)
+        self.rnn = nn.LSTM(32, 32, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32, bias=False))
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return [B, 16]."""
+        hidden, _ = self.rnn(self.bag(ids)[:, None])
+        logits: Tensor = self.head(torch.relu(self.normed(hidden[:, -1])))
+        return logits
+
+
+def test_bags_recurrences_and_computed_weights() -> None:
+    model = Recurrent()
+    profile = probe_units(model)
+    assert profile.unassigned == ()
+    assert rows(profile)[0] == ("embeddings", "embedding", ["bag"])
+    assert pins(profile, "code of its own") == ["rnn"]
+    assert pins(profile, "parametrization") == ["normed.parametrizations.weight"]
+    plan = Plan.uniform(profile, "bf16").replace({"embeddings": "fp16", profile.units[-1].name: "fp32"})
+    ids = torch.randint(64, (2, 8))
+    with applied(model, plan):
+        assert audit(model, plan, ids).disagreements == ()
+        found = model(ids)
+    with meaning(model, plan):
+        assert torch.equal(found, model(ids))

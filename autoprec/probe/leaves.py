@@ -101,7 +101,7 @@ def _kind(module: nn.Module) -> tuple[LeafKind, int, int] | None:
         return LeafKind.QUANTIZED if packed else LeafKind.LINEAR, module.in_features, module.out_features
     if isinstance(module, nn.MultiheadAttention):
         return LeafKind.ATTENTION, module.embed_dim, module.embed_dim
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return LeafKind.EMBEDDING, module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.modules.conv._ConvNd):
         return LeafKind.CONV, module.in_channels, module.out_channels

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from autoprec.records import LeafKind, Role
 
-__all__ = ["BlockLeaf", "BlockShape", "Part", "place"]
+__all__ = ["BlockLeaf", "BlockShape", "Part", "place", "says_attention"]
 
 _MATMULS = (LeafKind.LINEAR, LeafKind.CONV1D, LeafKind.QUANTIZED)
 _ATTENTION_WORDS = frozenset("q k v o qkv kv query key value attn attention".split())
@@ -89,13 +89,29 @@ def _whole(shape: BlockShape) -> Iterator[tuple[Role, _Leaves]]:
         # experts that stand in the block itself share no module of their own with anything
         beside = [x for x in shape.leaves if (_within(x.path, whole) if whole else x.kind is LeafKind.EXPERTS)]
         counts = {n for path, n in shape.lists if path.rpartition(".")[0] == home}
-        routers = [x for x in beside if _is_router(x, home, counts)]
-        yield from ((Role.ROUTER, (x,)) for x in routers)
-        yield (Role.FFN if around is None else Role.ATTENTION), tuple(x for x in beside if x not in routers)
+        inside = tuple(x for x in beside if _within(x.path, home))
+        routers = [some for some in _children(home, inside).values() if _is_router(some, counts)]
+        yield from ((Role.ROUTER, some) for some in routers)
+        role = Role.FFN if around is None else Role.ATTENTION
+        yield role, tuple(x for x in beside if not any(x in some for some in routers))
 
 
-def _is_router(leaf: BlockLeaf, home: str, counts: set[int]) -> bool:
-    return leaf.kind in _MATMULS and leaf.outputs in counts and _within(leaf.path, home)
+def _is_router(leaves: _Leaves, counts: set[int]) -> bool:
+    """Tell whether a submodule ends in a score for each expert; a shared expert of that inner width does not."""
+    return all(x.kind in _MATMULS for x in leaves) and leaves[-1].outputs in counts
+
+
+def _children(node: str, leaves: _Leaves) -> dict[str, _Leaves]:
+    """Return the leaves under each child of a module; a leaf that is a child stands under its own path."""
+    groups: dict[str, list[BlockLeaf]] = {}
+    for leaf in leaves:
+        tail = leaf.path[len(node) + 1 :] if node else leaf.path
+        head = tail.partition(".")[0]
+        groups.setdefault(f"{node}.{head}" if node else head, []).append(leaf)
+    for leaf in leaves:  # MultiheadAttention is a leaf that holds another
+        if leaf.path in groups:
+            groups[leaf.path] = [leaf]
+    return {child: tuple(some) for child, some in groups.items()}
 
 
 def _stream_width(leaves: _Leaves) -> int:
@@ -113,7 +129,9 @@ class _Judge:
     def __call__(self, node: str, leaves: _Leaves) -> Role | None:
         heads = [h for h in self.shape.heads if _within(h, node)]
         outermost = [h for h in heads if not any(o != h and _within(h, o) for o in heads)]
-        if not outermost and _is_ffn(leaves, self.width):
+        if _is_named_attention(node, leaves):
+            return Role.ATTENTION
+        if not outermost and (_is_ffn(leaves, self.width) or _is_own_ffn(leaves)):
             return Role.FFN
         if _is_attention(leaves, self.width, bool(outermost) or _attention_words(leaves) > 0):
             return Role.ATTENTION
@@ -132,20 +150,13 @@ def _split(node: str, leaves: _Leaves, judge: _Judge, found: list[tuple[Role, _L
     if role:
         found.append((role, leaves))
         return ()
-    groups: dict[str, list[BlockLeaf]] = {}
-    for leaf in leaves:
-        tail = leaf.path[len(node) + 1 :] if node else leaf.path
-        head, dot, _ = tail.partition(".")
-        groups.setdefault(f"{node}.{head}" if node else head, []).append(leaf)
-        if not dot:
-            groups[leaf.path] = [leaf]
     experts = {n for path, n in judge.shape.lists if path.rpartition(".")[0] == node}
     loose: list[BlockLeaf] = []
-    for child, some in groups.items():
-        if len(some) == 1 and some[0].inputs == judge.width and some[0].outputs in experts:
-            found.append((Role.ROUTER, (some[0],)))
+    for child, some in _children(node, leaves).items():
+        if some[0].inputs == judge.width and _is_router(some, experts):
+            found.append((Role.ROUTER, some))
         elif some[0].path != child:
-            loose += _split(child, tuple(some), judge, found)
+            loose += _split(child, some, judge, found)
         else:
             loose += some
     return tuple(loose)
@@ -160,14 +171,24 @@ def _divide(loose: _Leaves, width: int, known: set[Role]) -> list[tuple[Role, _L
             return [(Role.ATTENTION, halves[0]), (Role.FFN, halves[1])]
         if _is_attention(loose, width, _attention_words(loose) > 0):
             return [(Role.ATTENTION, loose)]
-    pairs = sorted(_ffns(loose, width), key=lambda f: (_spread(f, loose) == len(f), f[-1].inputs, len(f)), reverse=True)
-    if not pairs:
+    ffn = max(_ffns(loose, width), key=lambda f: _likeness(f, loose), default=None)
+    if ffn is None:
         return [(Role.OTHER, loose)]
-    ffn = pairs[0]
     home = _common(x.path for x in ffn)
     whole = tuple(x for x in loose if x in ffn or (home and _within(x.path, home)))
     rest = tuple(x for x in loose if x not in whole)
-    return [(Role.FFN, whole), *([(Role.OTHER, rest)] if rest else [])]
+    further = any(_likeness(f, rest)[:2] == (True, True) and f[-1].inputs > width for f in _ffns(rest, width))
+    return [(Role.FFN, whole), *(_divide(rest, width, {*Role}) if further else [(Role.OTHER, rest)] if rest else [])]
+
+
+def _likeness(ffn: _Leaves, leaves: _Leaves) -> tuple[bool, bool, int, int]:
+    """Return how much a set of expanding leaves and a contracting one looks like one FFN among its neighbours."""
+    places = [leaves.index(x) for x in ffn]
+    ups = sum(x.inputs == ffn[-1].outputs and x.outputs == ffn[-1].inputs for x in leaves)
+    downs = sum(x.outputs == ffn[-1].outputs and x.inputs == ffn[-1].inputs for x in leaves)
+    size = len(ffn) if ups >= 2 * downs else -len(ffn)  # as many of both are pairs, not one with a gate
+    in_order = len(ffn) > 2 or places[0] < places[-1]
+    return _spread(ffn, leaves) == len(ffn), in_order, ffn[-1].inputs, size
 
 
 def _halves(leaves: _Leaves, width: int) -> tuple[_Leaves, _Leaves] | None:
@@ -216,11 +237,30 @@ def _is_ffn(leaves: _Leaves, width: int) -> bool:
     return wide == {2 * inner} and len(ups) == len(downs) and _attention_words(leaves) == 0
 
 
+def _is_own_ffn(leaves: _Leaves) -> bool:
+    """Tell whether these expand a width of their own, as layers that mix positions do, or a pair of streams."""
+    if _attention_words(leaves) or not 2 <= len(leaves) <= 3:
+        return False
+    up, down = leaves[0], leaves[-1]
+    pair = len(leaves) == 2 and up.inputs == up.outputs == down.inputs == 2 * down.outputs
+    return pair or (up.outputs > up.inputs and _is_ffn(leaves, up.inputs))
+
+
+def _is_named_attention(node: str, leaves: _Leaves) -> bool:
+    """Tell whether a module holds layers called query, key and value directly, and more than just these."""
+    children = _children(node, leaves)
+    words = [set(re.split(r"[._]", child[len(node) :].lower())) for child in children]
+    named = all(any(word & pair for word in words) for pair in ({"q", "query"}, {"k", "key"}, {"v", "value"}))
+    return named and len(leaves) > 4 and all(len(some) == 1 for some in children.values())
+
+
 def _is_attention(leaves: _Leaves, width: int, hinted: bool) -> bool:
     """Tell whether these are q/k/v and an output projection by shape; `hinted` settles shapes that FFNs share."""
     if len(leaves) == 2:
         return any(
-            qkv.inputs == width == out.outputs and _is_fused(qkv.outputs, out.inputs, hinted)
+            qkv.inputs == width == out.outputs
+            and (hinted or qkv is leaves[0])
+            and _is_fused(qkv.outputs, out.inputs, hinted)
             for qkv, out in permutations(leaves)
         )
     if len(leaves) == 3:
@@ -228,7 +268,7 @@ def _is_attention(leaves: _Leaves, width: int, hinted: bool) -> bool:
             q.inputs == width == out.outputs
             and q.outputs == out.inputs
             and kv.outputs > 0 == kv.outputs % 2
-            and (kv.outputs != q.outputs or hinted)
+            and (hinted or (kv.outputs != q.outputs and kv.inputs == width and kv is not leaves[-1]))
             and q.outputs % (kv.outputs // 2) == 0
             for q, kv, out in permutations(leaves)
         )
@@ -262,7 +302,12 @@ def _is_fused(outputs: int, inner: int, hinted: bool) -> bool:
 
 
 def _attention_words(leaves: Iterable[BlockLeaf]) -> int:
-    return sum(bool(_ATTENTION_WORDS & set(re.split(r"[._]", x.path.lower()))) for x in leaves)
+    return sum(says_attention(x.path) for x in leaves)
+
+
+def says_attention(path: str) -> bool:
+    """Tell whether a path has a word that queries, keys, values or attention are called by."""
+    return bool(_ATTENTION_WORDS & set(re.split(r"[._]", path.lower())))
 
 
 def _within(path: str, node: str) -> bool:

@@ -15,7 +15,7 @@ from autoprec.errors import ModelError
 from autoprec.formats import Format
 from autoprec.probe.blocks import Stack, Tree, find_stacks
 from autoprec.probe.leaves import ROUTER, SUPPORTED, Inventory, experts_beside, find_sites, is_mixer, take_inventory
-from autoprec.probe.parts import BlockLeaf, BlockShape, Part, place
+from autoprec.probe.parts import BlockLeaf, BlockShape, Part, place, says_attention
 from autoprec.records import Leaf, LeafKind, ModelProfile, Pinned, Role, Unit, role_formats
 from autoprec.runtime.identity import base_class, canonical_modules, fingerprint
 
@@ -101,7 +101,9 @@ class _Placement:
         self._stems(outside, ("", *(s.label for s in self.stacks if s.label)))
         if not self.stacks and rest:
             rest = self._unrepeated(rest)
-        head = vocabulary or self._value_head(rest)
+        for path in self._beside():
+            rest = self._lone(path, rest)
+        head = vocabulary or self._value_head(rest, outside)
         for name in rest:
             if name != head:
                 self._add(self._short(name), Role.OTHER, [name])
@@ -179,6 +181,39 @@ class _Placement:
                 left += part.paths
         return left
 
+    def _beside(self) -> list[str]:
+        """Return the outermost modules beside the stacks, if there are stacks."""
+        found: list[str] = []
+        blocks = {block.path for stack in self.stacks for block in stack.blocks}
+        pending = self.tree.containers("") if blocks else []
+        while pending:
+            path = pending.pop(0)
+            if not any(block == path or block.startswith(f"{path}.") for block in blocks):
+                found.append(path)
+            elif path not in blocks:
+                pending += self.tree.containers(path)
+        return found
+
+    def _lone(self, path: str, rest: list[str]) -> list[str]:
+        """Place the attention of a module beside the stacks, and its FFN (pooling, resampling); return what is left.
+
+        Shapes alone are no proof there: many small networks of projections have them.
+        """
+        shape = self._shape(path, [n for n in self.tree.below[path] if n in rest])
+        whole = {leaf.path for leaf in shape.leaves if leaf.kind is LeafKind.ATTENTION}
+
+        def told(part: Part) -> bool:
+            held = any(all(n.startswith(f"{node}.") for n in part.paths) for node in shape.heads)
+            return held or any(n in whole or says_attention(n) for n in part.paths)
+
+        parts = [p for p in place(shape) if p.role is Role.FFN or (p.role is Role.ATTENTION and told(p))]
+        if any(part.role is Role.ATTENTION for part in parts):
+            for part in parts:
+                self._part(part, f"{self._short(path)}.{part.name}", f"{path}.")
+                placed = {f"{path}.{name}" for name in part.paths}
+                rest = [n for n in rest if n not in placed]
+        return rest
+
     def _vocabulary_head(self, matmuls: list[str], outside: list[str]) -> str | None:
         """Return the projection to the vocabulary: by accessor, by a tied weight, by size."""
         by_id = {id(self.tree.modules[n]): n for n in matmuls}
@@ -193,12 +228,22 @@ class _Placement:
         sized = [n for n in matmuls if self.leaves[n].outputs in {self.leaves[t].inputs for t in tokens}]
         return next(reversed(tied or sized), None)
 
-    def _value_head(self, rest: list[str]) -> str | None:
-        """Return the output layer of a classifier: the last leaf outside blocks that changes the width."""
+    def _value_head(self, rest: list[str], outside: list[str]) -> str | None:
+        """Return the output layer of a classifier: the last leaf outside blocks that changes the width, behind them.
+
+        A layer that another follows in its own module, or a convolution in the model, is none.
+        """
         changing = [n for n in rest if self.leaves[n].inputs != self.leaves[n].outputs and not self._region(n)]
         widths = [self.leaves[n].outputs for n in changing[-2:]]
-        several = len(self.stacks) > 1 and len(widths) > len(set(widths))  # two towers project each into one space
-        return changing[-1] if changing and not several else None
+        if not changing or (len(self.stacks) > 1 and len(widths) > len(set(widths))):
+            return None  # two towers project each into one space
+        head = changing[-1]
+        parent, rank = head.rpartition(".")[0], {n: i for i, n in enumerate(self.leaves)}
+        behind = [n for n in self.leaves if rank[n] > rank[head]]
+        followed = any(n.startswith(f"{parent}.") for n in behind) if parent else False
+        convolved = any(self.leaves[n].kind is LeafKind.CONV and n in set(outside) for n in behind)
+        first = min((rank[leaf] for s in self.stacks for b in s.blocks for leaf in self.tree.below[b.path]), default=-1)
+        return None if followed or convolved or rank[head] < first else head
 
     def _short(self, name: str) -> str:
         """Return a leaf's name without the path of the body, and without a closing `dense` or number if it is alone."""

@@ -183,7 +183,7 @@ def _check_names(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module])
 
 def _check_leaf(unit: PlanUnit, name: str, leaf: nn.Module) -> None:
     own = [p for p in leaf._parameters.values() if p is not None]
-    if not own:
+    if not own and not nn.utils.parametrize.is_parametrized(leaf):
         raise PlanError(f"unit '{unit.name}': {name} is a {type(leaf).__name__} without a weight of its own")
     low = [p for p in own if p.dtype in (torch.bfloat16, torch.float16)]
     if unit.format is Format.FP32 and low and not is_packed(leaf):
