@@ -131,7 +131,9 @@ class _Judge:
         outermost = [h for h in heads if not any(o != h and _within(h, o) for o in heads)]
         if _is_named_attention(node, leaves):
             return Role.ATTENTION
-        if not outermost and (_is_ffn(leaves, self.width) or _is_own_ffn(leaves)):
+        # what contracts first and expands then ends one thing and begins another
+        ahead = len(leaves) != 2 or leaves[0].inputs == self.width
+        if not outermost and ((ahead and _is_ffn(leaves, self.width)) or _is_own_ffn(leaves)):
             return Role.FFN
         if _is_attention(leaves, self.width, bool(outermost) or _attention_words(leaves) > 0):
             return Role.ATTENTION
