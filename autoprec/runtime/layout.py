@@ -48,7 +48,8 @@ class Swap:
 
 def is_packed(leaf: nn.Module) -> bool:
     """Say whether a linear leaf stores its weight packed in integers, as 4- and 8-bit layers do."""
-    return isinstance(leaf, nn.Linear) and not leaf.weight.is_floating_point()
+    weight = leaf._parameters.get("weight") if isinstance(leaf, nn.Linear) else None
+    return weight is not None and not weight.is_floating_point()
 
 
 def holds_experts(leaf: nn.Module) -> bool:

@@ -284,7 +284,8 @@ def _fsdp1_conflict(modules: Iterable[nn.Module], owner: _Owner) -> str | None:
     for module in modules:
         if not getattr(module, "_is_fsdp_managed_module", False):
             continue
-        unit, weight = owner.of(module), getattr(module, "weight", None)
+        # not by attribute: a parametrized weight would be computed, before FSDP is ready for any forward
+        unit, weight = owner.of(module), module._parameters.get("weight", vars(module).get("weight"))
         if unit is None or unit.format is not Format.FP32 or not isinstance(weight, torch.Tensor):
             continue
         if weight.is_floating_point() and weight.dtype.itemsize < 4:
