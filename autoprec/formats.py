@@ -94,6 +94,11 @@ class NumberFormat:
         """Distance from 1 to the next larger value."""
         return float(2.0**-self.mantissa_bits)
 
+    @property
+    def has_negative_zero(self) -> bool:
+        """Whether zero has a sign; where no other code is left, NaN takes that of negative zero."""
+        return self.ieee_specials or self.top_fraction < 2**self.mantissa_bits - 1
+
     def __str__(self) -> str:
         return f"{self.name} 1-{self.exponent_bits}-{self.mantissa_bits}"
 
