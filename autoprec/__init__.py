@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autoprec.measurement import measure
     from autoprec.plan import Plan
     from autoprec.probe.device import probe_device
+    from autoprec.probe.sensitivity import probe_sensitivity
     from autoprec.probe.units import probe_units
     from autoprec.probe.workload import Workload
     from autoprec.recommender.recommender import Recommendation, recommend
@@ -37,6 +38,7 @@ _HOMES = {
     "export": "autoprec.exporters",
     "measure": "autoprec.measurement",
     "probe_device": "autoprec.probe.device",
+    "probe_sensitivity": "autoprec.probe.sensitivity",
     "probe_units": "autoprec.probe.units",
     "recommend": "autoprec.recommender.recommender",
     "search": "autoprec.study.run",
@@ -55,6 +57,7 @@ __all__ = [
     "export",
     "measure",
     "probe_device",
+    "probe_sensitivity",
     "probe_units",
     "recommend",
     "search",

@@ -8,6 +8,7 @@ from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
 from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
 from autoprec.records.searched import Progress, Removal, SearchResult, Verdict, VerdictDecision
+from autoprec.records.sensitivity import Method, SensitivityProfile, UnitDrop, UnitNumerics
 from autoprec.records.verified import Check, CheckOutcome, Verification
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LeafKind",
     "Measurement",
     "MeasurementOrigins",
+    "Method",
     "Mode",
     "ModelProfile",
     "OpKind",
@@ -38,9 +40,12 @@ __all__ = [
     "Removal",
     "Role",
     "SearchResult",
+    "SensitivityProfile",
     "Support",
     "Task",
     "Unit",
+    "UnitDrop",
+    "UnitNumerics",
     "Verdict",
     "VerdictDecision",
     "Verification",

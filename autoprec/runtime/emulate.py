@@ -49,8 +49,8 @@ def round_to(values: Tensor, layout: NumberFormat) -> Tensor:
 def _round_in_place(values: Tensor, layout: NumberFormat) -> Tensor:
     """Round FP32 values within the layout's range by adding and taking away 1.5 · 2^k, which drops the right bits.
 
-    k makes the last place of the sum that of the layout at the value's exponent, or at its smallest normal one. Equal to
-    the cast bit for bit, and three times as fast on a CPU, where torch converts FP8 one value at a time.
+    k makes the last place of the sum that of the layout at the value's exponent, or at its smallest normal one. Equal
+    to the cast bit for bit, and three times as fast on a CPU, where torch converts FP8 one value at a time.
     """
     exponent = values.view(torch.int32) & 0x7F800000
     exponent.clamp_(min=(128 - layout.bias) << 23).add_((23 - layout.mantissa_bits) << 23)

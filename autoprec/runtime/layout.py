@@ -9,7 +9,7 @@ MultiheadAttention, packed layers) have kinds of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from autoprec.runtime.scope import (
     UnitScope,
 )
 
-__all__ = ["Swap", "holders", "holds_experts", "is_packed", "swaps_of"]
+__all__ = ["Swap", "holders", "holds_experts", "is_packed", "swaps_of", "swaps_of_units"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,53 @@ def holds_experts(leaf: nn.Module) -> bool:
 
 def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> Iterator[Swap]:
     """Yield every swap that puts `plan` in force; `emulated` says whether FP8 is."""
-    stored = plan.stream is plan.ambient is not Format.FP32
-    # where everything is stored in the ambient format there is nothing for autocast to do, as with model.to()
-    root = None if plan.ambient is Format.FP32 or stored else plan.ambient
-    containers = holders(plan, modules)
+    root = _root(plan)
     uniform = all(u.format is plan.ambient for u in plan.units if u.role is not Role.EMBEDDING)
-    for unit in plan.units:
+    yield from _swaps(plan, plan.units, modules, holders(plan, modules), root, emulated, uniform)
+    yield Swap("", AmbientScope, {"ambient": _dtype(root) if root else None})
+
+
+def swaps_of_units(
+    plan: Plan,
+    units: Sequence[PlanUnit],
+    modules: Mapping[str, nn.Module],
+    containers: Mapping[str, PlanUnit],
+    emulated: bool,
+) -> Iterator[Swap]:
+    """Yield the swaps of some units of a mixed plan, whose ambient, stream and recipe are those of `plan`.
+
+    Args:
+        containers: what `holders` gives for the whole plan; a unit in FP8 is none.
+    """
+    held = {path: unit for path, unit in containers.items() if unit in units}
+    yield from _swaps(plan, units, modules, containers, _root(plan), emulated, uniform=False, held=held)
+
+
+def _root(plan: Plan) -> Format | None:
+    """Return the format of autocast at the root, None where it is off.
+
+    Where everything is stored in the ambient format there is nothing for autocast to do, as with `model.to()`.
+    """
+    stored = plan.stream is plan.ambient is not Format.FP32
+    return None if plan.ambient is Format.FP32 or stored else plan.ambient
+
+
+def _swaps(
+    plan: Plan,
+    units: Sequence[PlanUnit],
+    modules: Mapping[str, nn.Module],
+    containers: Mapping[str, PlanUnit],
+    root: Format | None,
+    emulated: bool,
+    uniform: bool,
+    held: Mapping[str, PlanUnit] | None = None,
+) -> Iterator[Swap]:
+    for unit in units:
         yield from _unit_swaps(plan, unit, modules, containers, root, emulated, uniform)
-    for path, unit in containers.items():
+    for path, unit in (containers if held is None else held).items():
         if _around(path, containers, root, below=True) is not unit.format and not _native(plan, unit, root):
             settings = {"dtype": _dtype(unit.format), "stream": _handed_on(plan, unit)}
             yield Swap(path, UnitScope, settings)
-    yield Swap("", AmbientScope, {"ambient": _dtype(root) if root else None})
 
 
 def _unit_swaps(

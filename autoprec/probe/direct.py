@@ -1,0 +1,103 @@
+"""Drops measured by running the model: of one unit in a format, or of groups that are halved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from autoprec.formats import Format, Fp8Recipe, layout
+from autoprec.plan import Plan
+from autoprec.probe.compare import Ratio, compare, summarise
+from autoprec.probe.passes import Clock
+from autoprec.probe.readout import Readout, ReadoutKind
+from autoprec.probe.workload import Workload
+from autoprec.records import ModelProfile
+from autoprec.runtime.attach import applied
+from autoprec.runtime.emulate import fp8_quantize, round_to
+
+__all__ = ["Group", "halved", "measured_drop", "weight_errors"]
+
+
+def measured_drop(workload: Workload, plan: Plan, *, emulate: bool) -> Ratio | None:
+    """Run all batches under a plan and under FP32, and return the drop; None where the plan's output is not finite.
+
+    The reference is run again each time: its outputs are not kept.
+    """
+    parts, kind = [], ReadoutKind.LOGITS
+    with torch.no_grad():
+        for batch in workload.batches:
+            reference = workload.readout(batch, workload.forward(batch))
+            # the model may write its output where it wrote the last one
+            reference = Readout(reference.kind, reference.predictions.clone(), reference.counted, reference.labels)
+            with applied(workload.model, plan, emulate):
+                own = workload.readout(batch, workload.forward(batch))
+            kind = reference.kind
+            parts.append(compare(reference, own))
+    return summarise(kind, parts).drop if all(part.finite for part in parts) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Units measured together in one format; `drop` None where their output was not finite."""
+
+    units: tuple[str, ...]
+    drop: Ratio | None
+
+
+def halved(
+    workload: Workload, base: Plan, units: Sequence[str], choice: Format, clock: Clock, *, emulate: bool
+) -> list[Group]:
+    """Measure units together, then halves of whichever group has the largest drop, until single or out of time.
+
+    Args:
+        base: the plan with all units in FP32.
+        units: in order of their weights' rounding error, so that a half holds what is alike.
+    """
+    groups = [_group(workload, base, tuple(units), choice, emulate)]
+    while True:
+        before = clock.elapsed
+        wide = [g for g in groups if len(g.units) > 1]
+        if not wide or not clock.fits(0.0):
+            return groups
+        worst = max(wide, key=lambda g: float("inf") if g.drop is None else g.drop.value)
+        if worst.drop is not None and worst.drop.value == 0.0:
+            return groups
+        middle = len(worst.units) // 2
+        groups.remove(worst)
+        for half in (worst.units[:middle], worst.units[middle:]):
+            groups.append(_group(workload, base, half, choice, emulate))
+        if not clock.fits(clock.elapsed - before):
+            return groups
+
+
+def _group(workload: Workload, base: Plan, units: tuple[str, ...], choice: Format, emulate: bool) -> Group:
+    plan = base.replace(dict.fromkeys(units, choice))
+    return Group(units, measured_drop(workload, plan, emulate=emulate))
+
+
+def weight_errors(profile: ModelProfile, modules: Mapping[str, torch.nn.Module], choice: Format) -> dict[str, float]:
+    """Return for each unit ‖round(W) − W‖² / ‖W‖² of its floating weights; packed weights count as exact."""
+    return {unit.name: _weight_error(list(_matrices(unit.modules, modules)), choice) for unit in profile.units}
+
+
+def _matrices(names: Sequence[str], modules: Mapping[str, torch.nn.Module]) -> Iterator[torch.Tensor]:
+    for name in names:
+        for parameter in modules[name]._parameters.values():
+            if parameter is not None and parameter.dim() > 1 and parameter.is_floating_point():
+                yield parameter.detach()
+
+
+def _weight_error(matrices: Sequence[torch.Tensor], choice: Format) -> float:
+    error = size = 0.0
+    for weight in matrices:
+        if choice is Format.FP8:
+            rounded, scale = fp8_quantize(weight, layout(choice, recipe=Fp8Recipe.TENSORWISE))
+            low = rounded / scale
+        else:
+            low = round_to(weight.float(), layout(choice))
+        error += float(np.square(torch.linalg.vector_norm(low - weight, dtype=torch.float64).item()))
+        size += float(np.square(torch.linalg.vector_norm(weight, dtype=torch.float64).item()))
+    return error / size if size > 0 else 0.0

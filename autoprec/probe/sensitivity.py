@@ -1,0 +1,219 @@
+"""`probe_sensitivity`: the drop every unit would cause alone in every format, from one kind of backward pass.
+
+Passes over the batches, until sampling no longer matters or the time is spent, predict all drops at once (`survey`,
+`replay`, `estimation`); what is then least certain and matters most is measured by running the model (`direct`). Units
+that no gradient comes back to, because their kernels have none, are measured in groups that are halved.
+
+The time allowed is about a tenth of what running the model once for each unit, format and batch would take, and one
+pass at the least, unless the caller says what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from autoprec import __version__
+from autoprec.errors import MeasurementError, UsageError, first_line
+from autoprec.formats import Format
+from autoprec.plan import Plan
+from autoprec.probe.compare import summarise
+from autoprec.probe.direct import halved, measured_drop, weight_errors
+from autoprec.probe.findings import Findings, vetoes_of
+from autoprec.probe.numerics import GradientNumerics, activation_maxima, gradient_numerics
+from autoprec.probe.passes import Clock
+from autoprec.probe.readout import ReadoutKind
+from autoprec.probe.replay import frozen, uncached
+from autoprec.probe.steps import device_of, kept_state, plain_fp32
+from autoprec.probe.survey import Survey
+from autoprec.probe.units import probe_units
+from autoprec.probe.vault import Vault, device_name
+from autoprec.probe.workload import Workload
+from autoprec.records import Mode, Progress, SensitivityProfile, UnitDrop
+from autoprec.runtime.fp8 import fp8_missing
+from autoprec.runtime.identity import canonical_modules, weights_digest
+
+__all__ = ["probe_sensitivity"]
+
+News = Callable[[Progress], None]
+
+
+def probe_sensitivity(
+    workload: Workload,
+    formats: Sequence[Format | str] = ("bf16", "fp8"),
+    *,
+    seconds: float | None = None,
+    seed: int = 0,
+    cache: bool = True,
+    progress: News | None = None,
+) -> SensitivityProfile:
+    """Return for each unit and format the drop it would cause alone, with its 95 % interval and how it was got.
+
+    Args:
+        workload: model and batches, on the device to probe on. Dropout is off; in train mode what formats do to
+            gradients is probed, too.
+        formats: low formats. FP8 that the device lacks is emulated.
+        seconds: time allowed; None: about a tenth of what measuring one by one would take.
+        seed: of the labels that are drawn, and of the order of batches.
+        cache: read and write the user's cache of results, by weights, data, torch, device and format.
+        progress: called with news as they come.
+
+    Returns:
+        drops in nats (for models of values a relative squared error) for data like these batches. Not promised: that
+        they add up where they are large, and anything of units named in `never_ran`.
+
+    Raises:
+        MeasurementError: the reference cannot be run, its output is not finite (the unit is named), nothing counts,
+            or the time is too short for one pass.
+        UsageError: no such format.
+    """
+    clock, wanted = Clock(time.monotonic()), _parse(formats)
+    if seconds is not None:
+        clock.allowed = seconds
+    vault = Vault.of(workload, seed) if cache else None
+    known = vault.read() if vault else None
+    missing = [f for f in wanted if known is None or f not in known.formats]
+    if known is not None and not missing:
+        return _only(known, wanted)
+    found = _probe(workload, missing, clock, seed, vault, progress or (lambda news: None))
+    whole = found if known is None else _joined(known, found)
+    fault = vault.write(whole) if vault else None
+    if fault:
+        whole = dataclasses.replace(whole, notes=(*whole.notes, f"the result is not kept for another time: {fault}"))
+    return _only(whole, wanted)
+
+
+def _parse(formats: Sequence[Format | str]) -> tuple[Format, ...]:
+    try:
+        found = dict.fromkeys(Format(f) for f in formats)
+    except ValueError as error:
+        raise UsageError(f"{error}. Choose from {', '.join(f for f in Format if f is not Format.FP32)}.") from None
+    low = tuple(f for f in found if f is not Format.FP32)
+    if not low:
+        raise UsageError("there is no low format to probe: fp32 is the reference. Choose from bf16, fp16, fp8.")
+    return low
+
+
+def _probe(
+    workload: Workload, formats: Sequence[Format], clock: Clock, seed: int, vault: Vault | None, tell: News
+) -> SensitivityProfile:
+    model, device = workload.model, device_of(workload.model)
+    profile, modules = probe_units(model, model_id=workload.model_id), canonical_modules(model)
+    old = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    ambient = Format.FP16 if old else Format.BF16
+    emulate = fp8_missing(device) is not None
+    survey = Survey(workload, profile, modules, formats, ambient, emulate, clock, seed, tell)
+    try:
+        with kept_state(model, weights=False), uncached(model), plain_fp32(device.type):
+            model.eval()
+            with frozen(model):
+                survey.run()
+                maxima = activation_maxima(workload, profile, modules, workload.batches[:1])
+            numerics = _gradients(survey) if workload.mode is Mode.TRAIN else GradientNumerics((), None)
+            findings = {f: Findings.of(survey, f) for f in formats}
+            _measure(survey, findings)
+    except RuntimeError as error:
+        raise MeasurementError(
+            f"the FP32 reference cannot be probed: {first_line(error)}. Check that the model takes these batches; "
+            "where memory is short, try a smaller --batch-size or --seq-len."
+        ) from error
+    errors = {f: weight_errors(profile, modules, f) if findings[f].groups else {} for f in formats}
+    drops = [
+        row
+        for f in formats
+        for row in _shares(
+            findings[f].drops(survey, emulated=emulate and f is Format.FP8, weight_errors=errors[f]), survey
+        )
+    ]
+    kind, parts = survey.tally.kind, list(survey.tally.comparisons.values())
+    summary = summarise(kind, parts)
+    scale = max(summary.reference_loss or 0.0, summary.reference_entropy or 0.0) or 1.0
+    return SensitivityProfile(
+        model_id=workload.model_id,
+        fingerprint=profile.fingerprint,
+        weights_digest=vault.weights if vault else weights_digest(model),
+        data_digest=vault.data if vault else workload.data_digest(),
+        device=device_name(device),
+        mode=workload.mode,
+        ambient=ambient,
+        formats=tuple(formats),
+        drop_unit="relative error" if kind is ReadoutKind.VALUES else "nats",
+        scale=scale,
+        replayed_positions=survey.tally.positions,
+        drops=tuple(drops),
+        activation_max=maxima,
+        numerics=numerics.rows,
+        vetoes=tuple(vetoes_of(profile, formats, survey.tally, maxima)),
+        loss_scale=numerics.loss_scale,
+        never_ran=tuple(u.name for u in profile.units if u.name not in survey.tally.ran),
+        passes=survey.tally.passes,
+        seconds=clock.elapsed,
+        notes=tuple(survey.notes),
+        versions={"autoprec": __version__, "torch": torch.__version__},
+        seed=seed,
+    )
+
+
+def _gradients(survey: Survey) -> GradientNumerics:
+    batch = survey.workload.batches[0]
+    return gradient_numerics(
+        survey.workload, survey.profile, survey.sites, survey.modules, survey.formats, survey.ambient, batch
+    )
+
+
+def _measure(survey: Survey, findings: dict[Format, Findings]) -> None:
+    """Run the model for the units that are least certain and matter most, and for those no gradient comes back to."""
+    workload, clock, emulate = survey.workload, survey.clock, survey.emulate
+    wide = {u.name: Format.FP32 for u in survey.profile.units}
+    base = Plan.assign(survey.profile, wide, ambient=survey.ambient, mode=workload.mode)
+    for choice, found in findings.items():
+        cut = [u.name for u in survey.profile.units if choice in u.formats and u.name in survey.cut]
+        if cut:
+            errors = weight_errors(survey.profile, survey.modules, choice)
+            cut.sort(key=errors.__getitem__)
+            found.groups = halved(workload, base, cut, choice, clock, emulate=emulate)
+    each = survey.each_seconds * 2  # the reference is run beside
+    ranked = {f: found.doubtful() for f, found in findings.items()}
+    while clock.fits(each) and any(ranked.values()):
+        for queue in ranked.values():  # formats take turns
+            if queue and clock.fits(each):
+                row = queue.pop(0)
+                begun = clock.elapsed
+                row.direct = measured_drop(workload, base.replace({row.unit: row.format}), emulate=emulate)
+                each = max(each / 2, clock.elapsed - begun)
+
+
+def _shares(rows: Sequence[UnitDrop], survey: Survey) -> list[UnitDrop]:
+    """Return the rows in the order of the units, with their share of the sum."""
+    total = sum(row.drop.value for row in rows)
+    order = {u.name: i for i, u in enumerate(survey.profile.units)}
+    shared = [dataclasses.replace(row, share=row.drop.value / total if total > 0 else 0.0) for row in rows]
+    return sorted(shared, key=lambda row: order[row.unit])
+
+
+def _joined(known: SensitivityProfile, found: SensitivityProfile) -> SensitivityProfile:
+    """Return what was known with the formats that were probed now."""
+    vetoes = {(v.unit, v.format): v for v in (*known.vetoes, *found.vetoes)}
+    return dataclasses.replace(
+        found,
+        formats=(*known.formats, *found.formats),
+        drops=(*known.drops, *found.drops),
+        numerics=(*known.numerics, *found.numerics),
+        vetoes=tuple(vetoes.values()),
+        passes=known.passes + found.passes,
+        seconds=known.seconds + found.seconds,
+        notes=tuple(dict.fromkeys((*known.notes, *found.notes))),
+    )
+
+
+def _only(profile: SensitivityProfile, formats: Sequence[Format]) -> SensitivityProfile:
+    """Return a profile with some of its formats."""
+    return dataclasses.replace(
+        profile,
+        formats=tuple(formats),
+        drops=tuple(d for f in formats for d in profile.drops if d.format is f),
+        numerics=tuple(n for n in profile.numerics if n.format in formats),
+    )

@@ -1,0 +1,144 @@
+"""Where a unit's error can be seen: its sites, and what puts each of them into another format for a while.
+
+A site is the module that holds a whole unit, as the runtime's scope does (a block's attention, with the scaled dot
+product and the casts between its layers), or, where a unit stands loosely among others, one of its layers. Replaying
+a whole unit sees everything that its format changes inside it; layer by layer only what each does to its own result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from autoprec.formats import Format
+from autoprec.plan import Plan, PlanUnit
+from autoprec.records import ModelProfile
+from autoprec.runtime.layout import Swap, holders, swaps_of_units
+from autoprec.runtime.scope import enter_scope, leave_scope
+
+__all__ = ["Site", "find_sites", "in_format", "leaves_apart"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A module whose output carries a unit's error; `swaps` are by format. `whole`: it is the unit's own container."""
+
+    unit: str
+    path: str
+    module: nn.Module
+    whole: bool
+    swaps: Mapping[Format, tuple[Swap, ...]]
+
+
+def find_sites(
+    profile: ModelProfile,
+    modules: Mapping[str, nn.Module],
+    formats: Sequence[Format],
+    ambient: Format,
+    *,
+    emulated: bool,
+    apart: frozenset[str] = frozenset(),
+) -> list[Site]:
+    """Return the sites of all units, in the order of the units.
+
+    Args:
+        modules: by canonical name.
+        formats: those to be replayed; a site has swaps for those its unit takes.
+        ambient: format of what is around a unit while it is replayed.
+        emulated: whether FP8 is.
+        apart: units to be seen layer by layer although they have a container.
+    """
+    wide = {u.name: Format.FP32 for u in profile.units}
+    plan = Plan.assign(profile, wide, ambient=ambient, fp8_recipe="tensorwise", mode="infer")
+    containers = holders(plan, modules)
+    paths = {unit.name: path for path, unit in containers.items() if unit.name not in apart}
+    below = _below(plan, containers)
+    sites = []
+    for given, unit in zip(profile.units, plan.units, strict=True):
+        whole = unit.name in paths
+        for path in [paths[unit.name]] if whole else list(unit.modules):
+            near, inside = _surroundings(path, containers, below.get(path, []) if whole else [unit])
+            swaps: dict[Format, tuple[Swap, ...]] = {
+                f: tuple(_swaps(plan, unit, f, path, modules, near, inside, emulated))
+                for f in formats
+                if f in given.formats and f is not Format.FP32
+            }
+            sites.append(Site(unit.name, path, modules[path], whole, swaps))
+    return sites
+
+
+def leaves_apart(sites: Sequence[Site], paths: Sequence[str]) -> frozenset[str]:
+    """Return the units of the sites at `paths`, to be seen layer by layer from now on."""
+    return frozenset(site.unit for site in sites if site.path in paths)
+
+
+def _below(plan: Plan, containers: Mapping[str, PlanUnit]) -> dict[str, list[PlanUnit]]:
+    """Return for each container the units that have a layer in it, without asking every pair of them."""
+    found: dict[str, list[PlanUnit]] = {path: [] for path in containers}
+    for unit in plan.units:
+        homes: dict[str, None] = {}
+        for name in unit.modules:
+            path = name
+            while True:
+                if path in found:
+                    homes[path] = None
+                if not path:
+                    break
+                path = path.rpartition(".")[0]
+        for path in homes:
+            found[path].append(unit)
+    return found
+
+
+def _surroundings(
+    path: str, containers: Mapping[str, PlanUnit], inside: Sequence[PlanUnit]
+) -> tuple[dict[str, PlanUnit], Sequence[PlanUnit]]:
+    """Return the containers at, around and within a module, and the units in it."""
+    names = {unit.name for unit in inside}
+    near = {p: u for p, u in containers.items() if u.name in names} if len(inside) > 1 else {}
+    at = path
+    while True:
+        if at in containers:
+            near[at] = containers[at]
+        if not at:
+            return near, inside
+        at = at.rpartition(".")[0]
+
+
+def _swaps(
+    plan: Plan,
+    unit: PlanUnit,
+    choice: Format,
+    path: str,
+    modules: Mapping[str, nn.Module],
+    near: Mapping[str, PlanUnit],
+    inside: Sequence[PlanUnit],
+    emulated: bool,
+) -> Iterator[Swap]:
+    low = dataclasses.replace(unit, format=choice)
+    units = [low if u.name == unit.name else u for u in inside]
+    around = {p: (low if u.name == unit.name else u) for p, u in near.items()}
+    if choice is Format.FP8:
+        around = {p: u for p, u in around.items() if u is not low}
+    for swap in swaps_of_units(plan, units, modules, around, emulated):
+        if not path or swap.module == path or swap.module.startswith(f"{path}."):
+            yield swap
+
+
+@contextmanager
+def in_format(site: Site, choice: Format, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Run a block with a site's unit in a format, everything else in it in FP32; FP32 itself needs nothing."""
+    swaps = site.swaps.get(choice, ())
+    entered: list[nn.Module] = []
+    try:
+        for swap in swaps:
+            enter_scope(modules[swap.module], swap.kind, name=swap.module, **swap.settings)
+            entered.append(modules[swap.module])
+        yield
+    finally:
+        for module in reversed(entered):
+            leave_scope(module)

@@ -1,0 +1,341 @@
+"""The predicted front, exactly: the least drop for every time, over all assignments of formats to a chain of units.
+
+A multiple-choice knapsack whose neighbours pay for casts between them. Units are taken one after the other; of all
+partial assignments that end in the same format only those are kept that no other beats in time and drop (and memory,
+where that is an axis). One pass gives the whole front. Units that must share a format although others stand between
+them (`tied`) are carried in the state until the last of them is passed.
+
+Where more than `max_states` partial assignments remain, they are thinned evenly over time, and `exact` is false. Then
+the Lagrangian relaxation (for each price of drop the best assignment, by the same recursion) fills in the convex hull
+of the front, and still bounds from below what any assignment can reach.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from autoprec.errors import StudyError
+from autoprec.formats import Format
+
+__all__ = ["ChainUnit", "Choice", "PredictedFront", "predicted_front"]
+
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+#: partial assignments handled in all, which is about a second of work
+_WORK = 6_000_000
+_FEWEST_STATES = 128
+#: states that tied units may multiply to
+_MOST_KEYS = 4096
+#: prices of drop for which the relaxation is solved
+_PRICES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a unit costs in one format: drop (nats), time and, where memory is an axis, bytes."""
+
+    format: Format
+    drop: float
+    time_ms: float
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChainUnit:
+    """A unit of the chain with what it may choose from; units of one `tied` label take the same format.
+
+    A fixed unit has one choice.
+    """
+
+    name: str
+    choices: tuple[Choice, ...]
+    tied: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PredictedFront:
+    """Points that no assignment beats, as predicted, from least time to least drop.
+
+    `drop` [P] nats, `time_ms` [P], `bytes` [P], `picks` [P, units]: the index of each unit's choice. `exact`: no other
+    assignment is missing; otherwise points may be missing, and `least_ms` is what bounds them.
+    """
+
+    units: tuple[ChainUnit, ...]
+    drop: Array
+    time_ms: Array
+    bytes: Array
+    picks: npt.NDArray[np.int8]
+    exact: bool
+    _prices: Array = field(repr=False)
+    _values: Array = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.drop)
+
+    def assignment(self, index: int) -> dict[str, Format]:
+        """Return the format of each unit at a point."""
+        return {u.name: u.choices[k].format for u, k in zip(self.units, self.picks[index], strict=True)}
+
+    def within(self, drop: float) -> int | None:
+        """Return the index of the fastest point whose drop is at most `drop`, None where there is none."""
+        fitting = np.flatnonzero(self.drop <= drop)
+        return int(fitting[np.argmin(self.time_ms[fitting])]) if len(fitting) else None
+
+    def least_ms(self, drop: float) -> float:
+        """Return a time that no assignment of at most this drop can beat, as predicted; infinite where none has it."""
+        fastest = self.within(drop)
+        if self.exact:
+            return math.inf if fastest is None else float(self.time_ms[fastest])
+        if drop < float(self.drop.min()):
+            return math.inf
+        return float(np.max(self._values - self._prices * drop))
+
+
+def predicted_front(
+    units: Sequence[ChainUnit],
+    *,
+    border_ms: float | Sequence[Mapping[tuple[Format, Format], float]] = 0.0,
+    memory: bool = False,
+    max_states: int | None = None,
+) -> PredictedFront:
+    """Return the front of all assignments of `units`, in the order in which they run.
+
+    Args:
+        units: what each may choose from, with predicted drop and time.
+        border_ms: cost of a cast where two neighbours differ; or for each pair of neighbours a cost by formats
+            (of the earlier, of the later), 0 where it is not named.
+        memory: keep what is better in memory alone, too.
+        max_states: partial assignments kept for one format of the last unit; None: what a second allows.
+
+    Raises:
+        StudyError: no unit, a unit without choices, a figure that is not finite, or units tied without a common format.
+    """
+    units = tuple(units)
+    _check(units)
+    chain = _Chain(units, border_ms)
+    values, prices, corners = chain.relaxed()
+    kept, exact = chain.states(memory, max_states)
+    picks = kept if exact else np.concatenate([kept, corners])
+    picks = np.unique(picks, axis=0)
+    drop, time_ms, size = chain.cost(picks)
+    order = np.lexsort((size, drop, time_ms))
+    table = np.stack([time_ms, drop, size] if memory else [time_ms, drop])[:, order]
+    order = order[_unbeaten(table)]
+    return PredictedFront(
+        units, drop[order], time_ms[order], size[order], picks[order].astype(np.int8), exact, prices, values
+    )
+
+
+def _check(units: tuple[ChainUnit, ...]) -> None:
+    if not units:
+        raise StudyError("there is no unit to choose a format for; give the units of a model")
+    for unit in units:
+        if not unit.choices:
+            raise StudyError(f"unit '{unit.name}' has no format to choose from; give it one, such as fp32")
+        for c in unit.choices:
+            if not all(map(math.isfinite, (c.drop, c.time_ms, c.bytes))):
+                raise StudyError(
+                    f"unit '{unit.name}' in {c.format} has drop {c.drop} and time {c.time_ms} ms, which is no finite "
+                    "figure; leave that format out of its choices"
+                )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """The ways into the states of one unit: [keys, ways] indices of the state before (-1: none) and of the choice."""
+
+    before: Indices
+    choice: Indices
+    drop: Array
+    time_ms: Array
+    bytes: Array
+
+
+class _Chain:
+    """A chain as steps between numbered states; a state is the last unit's format and those of open ties."""
+
+    def __init__(
+        self, units: tuple[ChainUnit, ...], border_ms: float | Sequence[Mapping[tuple[Format, Format], float]]
+    ) -> None:
+        if not isinstance(border_ms, int | float) and len(border_ms) != len(units) - 1:
+            raise StudyError(f"{len(units)} units have {len(units) - 1} borders; {len(border_ms)} were given")
+        self.units, self.border = units, border_ms
+        self.last = {u.tied: i for i, u in enumerate(units) if u.tied is not None}
+        self.steps: list[_Step] = []
+        keys: list[tuple[Format | None, tuple[tuple[str, Format], ...]]] = [(None, ())]
+        for index in range(len(units)):
+            step, keys = self._step(index, keys)
+            self.steps.append(step)
+
+    def _step(
+        self, index: int, before: list[tuple[Format | None, tuple[tuple[str, Format], ...]]]
+    ) -> tuple[_Step, list[tuple[Format | None, tuple[tuple[str, Format], ...]]]]:
+        unit = self.units[index]
+        ways: dict[tuple[Format | None, tuple[tuple[str, Format], ...]], list[tuple[int, int, float]]] = {}
+        for row, (previous, ties) in enumerate(before):
+            for k, choice in enumerate(unit.choices):
+                after = dict(ties)
+                if unit.tied is not None:
+                    if after.setdefault(unit.tied, choice.format) is not choice.format:
+                        continue
+                    if self.last[unit.tied] == index:
+                        del after[unit.tied]
+                key = (choice.format, tuple(sorted(after.items())))
+                ways.setdefault(key, []).append((row, k, self._border(index, previous, choice.format)))
+        if not ways:
+            raise StudyError(f"the units tied as '{unit.tied}' have no format in common; '{unit.name}' is the last")
+        if len(ways) > _MOST_KEYS:
+            raise StudyError(f"more than {_MOST_KEYS} combinations of tied units are open at unit '{unit.name}'")
+        shape = len(ways), max(map(len, ways.values()))
+        rows, picks, added = np.full(shape, -1), np.zeros(shape, dtype=np.intp), np.zeros(shape)
+        for key, found in enumerate(ways.values()):
+            rows[key, : len(found)], picks[key, : len(found)], added[key, : len(found)] = zip(*found, strict=True)
+        drop, time_ms, size = (
+            np.array([getattr(c, name) for c in unit.choices])[picks] for name in ("drop", "time_ms", "bytes")
+        )
+        return _Step(rows, picks, drop, time_ms + added, size), list(ways)
+
+    def _border(self, index: int, before: Format | None, after: Format) -> float:
+        if before is None or before is after:
+            return 0.0
+        if isinstance(self.border, int | float):
+            return float(self.border)
+        return float(self.border[index - 1].get((before, after), 0.0))
+
+    def cost(self, picks: npt.NDArray[np.intp]) -> tuple[Array, Array, Array]:
+        """Return drop, time and bytes of whole assignments [P, units], summed in one order for all of them."""
+        drop, time_ms, size = (np.zeros(len(picks)) for _ in range(3))
+        for index, unit in enumerate(self.units):
+            table = np.array([[c.drop, c.time_ms, c.bytes] for c in unit.choices])[picks[:, index]]
+            drop, time_ms, size = drop + table[:, 0], time_ms + table[:, 1], size + table[:, 2]
+            if index and self.border:
+                earlier = self.units[index - 1].choices
+                costs = np.array([[self._border(index, a.format, b.format) for b in unit.choices] for a in earlier])
+                time_ms = time_ms + costs[picks[:, index - 1], picks[:, index]]
+        return drop, time_ms, size
+
+    def states(self, memory: bool, max_states: int | None) -> tuple[npt.NDArray[np.intp], bool]:
+        """Return the assignments [P, units] that remain, and whether none was left out for lack of room."""
+        limit, exact = max_states or self._room(), True
+        axes = 3 if memory else 2
+        table = np.zeros((axes, 1, 1))  # time, drop (and bytes) of [states, partial assignments], infinite where none
+        trail: list[tuple[Indices, Indices]] = []
+        for step in self.steps:
+            width = table.shape[2]
+            padded = np.concatenate([table, np.full((axes, 1, width), np.inf)], axis=1)  # row -1: no way in
+            cost = np.stack([step.time_ms, step.drop, step.bytes][:axes])
+            grown = (padded[:, step.before] + cost[..., None]).reshape(axes, len(step.before), -1)
+            order = np.argsort(grown[0], axis=1, kind="stable")
+            grown = np.take_along_axis(grown, order[None], axis=2)
+            keep = (
+                _staircase(grown[:2]) if not memory else np.stack([_unbeaten(grown[:, k]) for k in range(len(order))])
+            )
+            keep &= np.isfinite(grown[0])
+            if (counts := keep.sum(axis=1)).max() > limit:
+                keep, exact = _thinned(grown[0], grown[1], keep, limit), False
+                counts = keep.sum(axis=1)
+            place = np.argsort(~keep, axis=1, kind="stable")[:, : counts.max()]  # those kept, in their order
+            table = np.take_along_axis(grown, place[None], axis=2)
+            table[:, np.arange(place.shape[1]) >= counts[:, None]] = np.inf
+            source = np.take_along_axis(order, place, axis=1)
+            way, column = source // width, source % width
+            parent = np.take_along_axis(step.before, way, axis=1) * width + column
+            trail.append((parent, np.take_along_axis(step.choice, way, axis=1)))
+        return _traced(trail, np.flatnonzero(np.isfinite(table[0]))), exact
+
+    def _room(self) -> int:
+        work = sum(step.before.size for step in self.steps)
+        return max(_FEWEST_STATES, _WORK // work)
+
+    def relaxed(self) -> tuple[Array, Array, npt.NDArray[np.intp]]:
+        """Return for some prices of drop the least of time + price × drop, the prices, and the assignments there."""
+        prices = self._prices()
+        value, trail = np.zeros((1, len(prices))), []
+        for step in self.steps:
+            padded = np.concatenate([value, np.full((1, len(prices)), np.inf)])
+            total = padded[step.before] + step.time_ms[..., None] + step.drop[..., None] * prices
+            way = np.argmin(total, axis=1)
+            value = np.take_along_axis(total, way[:, None], axis=1)[:, 0]
+            columns = np.arange(len(prices))
+            parent = np.take_along_axis(step.before, way, axis=1) * len(prices) + columns
+            trail.append((parent, np.take_along_axis(step.choice, way, axis=1)))
+        best = np.argmin(value, axis=0)
+        return value.min(axis=0), prices, _traced(trail, best * len(prices) + np.arange(len(prices)))
+
+    def _prices(self) -> Array:
+        """Return prices from 'drop costs nothing' to 'drop is all that counts', evenly on a log scale."""
+        gains = [
+            (abs(a.time_ms - b.time_ms) + 1e-12) / abs(a.drop - b.drop)
+            for u in self.units
+            for a in u.choices
+            for b in u.choices
+            if a.drop > b.drop
+        ]
+        if not gains:
+            return np.zeros(1)
+        low, high = np.log(max(min(gains), 1e-300)) - 1, np.log(max(gains)) + 1
+        return np.concatenate([[0.0], np.exp(np.linspace(low, high, _PRICES))])
+
+
+def _staircase(table: Array) -> npt.NDArray[np.bool_]:
+    """Return which of [time, drop] × states × items, rising in time, have less drop than all before them."""
+    drop = table[1]
+    before = np.minimum.accumulate(drop, axis=1)
+    keep = np.ones(drop.shape, dtype=bool)
+    keep[:, 1:] = drop[:, 1:] < before[:, :-1]
+    return keep
+
+
+def _unbeaten(table: Array) -> npt.NDArray[np.bool_]:
+    """Return which of the points [axes, N], sorted by the first axis, no other beats; of equal ones the first stays."""
+    keep = np.zeros(table.shape[1], dtype=bool)
+    front = np.empty((table.shape[0] - 1, 0))
+    for start in range(0, table.shape[1], 512):
+        block = table[1:, start : start + 512]
+        alive = ~(front[:, None, :] <= block[:, :, None]).all(axis=0).any(axis=1)
+        inside = (block[:, None, :] <= block[:, :, None]).all(axis=0)
+        earlier = np.tril(np.ones(inside.shape, dtype=bool), -1)
+        alive &= ~(inside & earlier).any(axis=1)
+        keep[start : start + 512] = alive
+        front = np.concatenate([front, block[:, alive]], axis=1)
+    return keep
+
+
+def _thinned(time_ms: Array, drop: Array, keep: npt.NDArray[np.bool_], limit: int) -> npt.NDArray[np.bool_]:
+    """Return `keep` with at most `limit` of a row left, one for each stretch of the row's stair.
+
+    Of a stretch that one stays which reaches furthest below the line between its ends, and so nearest the hull.
+    """
+    thin = np.zeros_like(keep)
+    for row in range(len(keep)):
+        items = np.flatnonzero(keep[row])
+        if len(items) <= limit:
+            thin[row, items] = True
+            continue
+        t, d = time_ms[row, items], drop[row, items]
+        edges = np.linspace(0, len(items), limit + 1).astype(np.intp)
+        first, last = edges[:-1], edges[1:] - 1
+        widths = np.diff(edges)
+        slope = np.repeat((d[first] - d[last]) / np.maximum(t[last] - t[first], 1e-300), widths)
+        excess = d + slope * t
+        least = np.minimum.reduceat(excess, first)
+        chosen = np.flatnonzero(excess == np.repeat(least, widths))
+        thin[row, items[chosen[np.searchsorted(chosen, first)]]] = True
+    return thin
+
+
+def _traced(trail: Sequence[tuple[Indices, Indices]], ends: Indices) -> npt.NDArray[np.intp]:
+    """Return the choices [P, units] that led to flat places in the last step's table."""
+    picks = np.empty((len(ends), len(trail)), dtype=np.intp)
+    at = ends
+    for index in range(len(trail) - 1, -1, -1):
+        parent, choice = trail[index]
+        picks[:, index] = choice.ravel()[at]
+        at = parent.ravel()[at]
+    return picks
