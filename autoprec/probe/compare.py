@@ -71,9 +71,10 @@ def compare(reference: Readout, plan: Readout) -> Comparison:
     for at in range(0, len(examples), step):
         rows, columns = examples[at : at + step], positions[at : at + step]
         labels = None if reference.labels is None else reference.labels[rows, columns]
-        chunk = _positions(
-            reference.kind, reference.predictions[rows, columns], plan.predictions[rows, columns], labels
-        )
+        own = reference.predictions[rows, columns]
+        # compared with itself, for its loss and entropy, one softmax will do
+        other = own if plan is reference else plan.predictions[rows, columns]
+        chunk = _positions(reference.kind, own, other, labels)
         for total, values in zip(sums, chunk, strict=True):
             np.add.at(total, rows.cpu().numpy(), values)
     weight = reference.counted.sum(dim=1).double().cpu().numpy()
@@ -90,11 +91,12 @@ def compare(reference: Readout, plan: Readout) -> Comparison:
 
 def _positions(kind: ReadoutKind, reference: Tensor, plan: Tensor, labels: Tensor | None) -> Array:
     """Return KL, entropy, label loss and its rise of each position, [4, N]."""
+    alone = plan is reference
     if kind is ReadoutKind.BINARY:
         # two classes with logits 0 and z give the same Bernoulli distribution
         reference, plan = F.pad(reference, (1, 0)), F.pad(plan, (1, 0))
     log_p = reference.double().log_softmax(-1)
-    log_q = plan.double().log_softmax(-1)
+    log_q = log_p if alone else plan.double().log_softmax(-1)
     p = log_p.exp()
     # p is 0 where log_p is -inf (a masked class): such a class counts nothing
     divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,33 +11,34 @@ import torch
 
 from autoprec.formats import Format, Fp8Recipe, layout
 from autoprec.plan import Plan
-from autoprec.probe.compare import Ratio, compare, summarise
+from autoprec.probe.compare import Comparison, Ratio, compare, summarise
 from autoprec.probe.passes import Clock
-from autoprec.probe.readout import Readout, ReadoutKind
+from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.workload import Workload
 from autoprec.records import ModelProfile
 from autoprec.runtime.attach import applied
 from autoprec.runtime.emulate import fp8_quantize, round_to
 
-__all__ = ["Group", "halved", "measured_drop", "weight_errors"]
+__all__ = ["Group", "halved", "measured_drops", "weight_errors"]
 
 
-def measured_drop(workload: Workload, plan: Plan, *, emulate: bool) -> Ratio | None:
-    """Run all batches under a plan and under FP32, and return the drop; None where the plan's output is not finite.
+def measured_drops(workload: Workload, plans: Sequence[Plan], *, emulate: bool) -> list[Ratio | None]:
+    """Run all batches under FP32 and under each plan, and return the drops; None where an output is not finite.
 
-    The reference is run again each time: its outputs are not kept.
+    One batch's reference output is held at a time.
     """
-    parts, kind = [], ReadoutKind.LOGITS
+    parts: list[list[Comparison]] = [[] for _ in plans]
+    kind = ReadoutKind.LOGITS
     with torch.no_grad():
         for batch in workload.batches:
-            reference = workload.readout(batch, workload.forward(batch))
-            # the model may write its output where it wrote the last one
-            reference = Readout(reference.kind, reference.predictions.clone(), reference.counted, reference.labels)
-            with applied(workload.model, plan, emulate):
-                own = workload.readout(batch, workload.forward(batch))
+            read = workload.readout(batch, workload.forward(batch))
+            # a copy: a model may write its next output where it wrote the last
+            reference = dataclasses.replace(read, predictions=read.predictions.clone())
             kind = reference.kind
-            parts.append(compare(reference, own))
-    return summarise(kind, parts).drop if all(part.finite for part in parts) else None
+            for plan, own in zip(plans, parts, strict=True):
+                with applied(workload.model, plan, emulate):
+                    own.append(compare(reference, workload.readout(batch, workload.forward(batch))))
+    return [summarise(kind, own).drop if all(part.finite for part in own) else None for own in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def halved(
 
 def _group(workload: Workload, base: Plan, units: tuple[str, ...], choice: Format, emulate: bool) -> Group:
     plan = base.replace(dict.fromkeys(units, choice))
-    return Group(units, measured_drop(workload, plan, emulate=emulate))
+    return Group(units, measured_drops(workload, [plan], emulate=emulate)[0])
 
 
 def weight_errors(profile: ModelProfile, modules: Mapping[str, torch.nn.Module], choice: Format) -> dict[str, float]:

@@ -78,9 +78,9 @@ def predict(scores: Mapping[str, Scores]) -> dict[str, Prediction]:
             continue
         logs, noise = np.array([_log_ratio(scores[unit]) for unit in units]).T
         shrunk, left = _shrink(logs, noise)
-        for unit, log_ratio, error in zip(units, shrunk, left, strict=True):
+        for unit, log_ratio, error in zip(units, shrunk.tolist(), left.tolist(), strict=True):
             score = scores[unit]
-            mean = score.squares.sum() / score.weights.sum()
+            mean = float(score.squares.sum() / score.weights.sum())
             freedom = max(2, int((score.weights > 0).sum()) - 1)
             found[unit] = Prediction(mean * math.exp(log_ratio), _sampling_error(score), error, freedom)
     return {unit: found[unit] for unit in scores}

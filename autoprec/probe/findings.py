@@ -20,6 +20,8 @@ __all__ = ["Finding", "Findings", "vetoes_of"]
 #: beyond this many times the usual difference between the anchors, a unit does not behave as its square
 _OUTLIER = 3.5
 _FEWEST_FOR_OUTLIERS = 8
+#: seen on small random mixtures of experts: now and then a unit has 10 times what its square says
+_ROUTED = 0.8
 #: other batches have larger values than those seen
 _FP16_ROOM = 8
 
@@ -33,6 +35,8 @@ class Finding:
     prediction: Prediction
     #: relative error that the difference of the anchors stands for; 0 where it is no more than usual
     interaction: float = 0.0
+    #: relative error where a small change may send tokens to other experts, which no derivative sees
+    routed: float = 0.0
     marginal: float | None = None
     direct: Ratio | None = None
 
@@ -48,7 +52,7 @@ class Finding:
     def doubt(self) -> float:
         """The relative standard error of what is not known, the model's own error left out."""
         p = self.prediction
-        return math.sqrt(p.sampling**2 + p.ratio**2 + self.interaction**2)
+        return math.sqrt(p.sampling**2 + p.ratio**2 + self.interaction**2 + self.routed**2)
 
 
 @dataclass(slots=True)
@@ -64,6 +68,9 @@ class Findings:
         """Return the predictions of a survey in one format, compared with its second anchor."""
         rows = {unit: Finding(unit, choice, p) for unit, p in predict(survey.scores(choice)).items()}
         _compare_anchors(rows, survey.tally, choice)
+        for unit in _before_routers(survey.profile):
+            if unit in rows:
+                rows[unit].routed = _ROUTED
         return cls(choice, rows)
 
     def doubtful(self) -> list[Finding]:
@@ -85,10 +92,11 @@ class Findings:
                 low, high = row.direct.ci95 or (row.direct.value, row.direct.value)
                 drop, method = Estimate(row.direct.value, max(low, 0.0), high, measured), Method.DIRECT
             elif row.value == 0.0:
+                # no effect on any direction drawn
                 drop, method = Estimate(0.0, 0.0, 0.0, Origin.PREDICTED), Method.REPLAY
             else:
                 reach = row.value / row.prediction.value
-                low, high = row.prediction.interval(error, row.interaction)
+                low, high = row.prediction.interval(error, math.hypot(row.interaction, row.routed))
                 drop, method = Estimate(row.value, low * reach, high * reach, Origin.PREDICTED), Method.REPLAY
             found.append(
                 UnitDrop(
@@ -97,6 +105,7 @@ class Findings:
                     drop=drop,
                     method=method,
                     share=0.0,
+                    predicted=row.value,
                     sampling_error=row.prediction.sampling,
                     marginal=row.marginal,
                     by_batch=survey.tally.by_batch((row.unit, self.format)),
@@ -107,7 +116,11 @@ class Findings:
 
     def _model_error(self) -> float:
         """Return the error of the method that direct measurements show, of those that nothing had set apart."""
-        plain = [r for r in self.rows.values() if r.direct is not None and not r.interaction and r.direct.value > 0]
+        plain = [
+            r
+            for r in self.rows.values()
+            if r.direct is not None and r.direct.value > 0 and not (r.interaction or r.routed)
+        ]
         return model_error([(math.log(r.direct.value / r.value), r.doubt**2) for r in plain if r.direct])
 
     def _shared(self, measured: Origin, weight_errors: Mapping[str, float]) -> list[UnitDrop]:
@@ -128,6 +141,7 @@ class Findings:
                         drop=Estimate(part * group.drop.value, max(low, 0.0) if alone else 0.0, high, measured),
                         method=Method.DIRECT if alone else Method.GROUP,
                         share=0.0,
+                        predicted=None,
                         sampling_error=None,
                         marginal=None,
                         by_batch=(),
@@ -137,6 +151,17 @@ class Findings:
                     )
                 )
         return rows
+
+
+def _before_routers(profile: ModelProfile) -> list[str]:
+    """Return the units from which something flows into a router of experts: all but those behind the last one."""
+    routers = [m for p in profile.pinned if p.reason.startswith("router") for m in p.modules]
+    if not routers:
+        return []
+    order = {leaf.module: i for i, leaf in enumerate(profile.leaves)}
+    block = routers[-1].rpartition(".")[0].rpartition(".")[0]
+    last = max((i for name, i in order.items() if name.startswith(f"{block}.")), default=len(order))
+    return [u.name for u in profile.units if min(order[m] for m in u.modules) <= last]
 
 
 def _compare_anchors(rows: Mapping[str, Finding], tally: Tally, choice: Format) -> None:
@@ -166,8 +191,11 @@ def _compare_anchors(rows: Mapping[str, Finding], tally: Tally, choice: Format) 
     if len(seen) < _FEWEST_FOR_OUTLIERS:
         return
     usual = 1.4826 * statistics.median(abs(d) / math.sqrt(own) for _, d, own in seen)
+    passes = sum(tally.draws.values()) / max(len(next(iter(tally.slopes.values()))), 1)
     for row, difference, own in seen:
-        if usual > 0 and abs(difference) > _OUTLIER * usual * math.sqrt(own):
+        # `own` was drawn on these few batches alone
+        drawn = 2 * own * row.prediction.sampling * math.sqrt(passes)
+        if usual > 0 and abs(difference) > _OUTLIER * math.hypot(usual * math.sqrt(own), drawn):
             ratio = max(own + difference, own / 10) / own
             row.interaction = abs(math.log(ratio)) / 2
 
@@ -178,10 +206,9 @@ def _reason(row: Finding) -> str:
         return f"measured alone, {off:.2f} times what replay predicted"
     if row.value == 0.0:
         return "the format holds its values exactly"
-    parts = [f"texts and labels ±{200 * row.prediction.sampling:.0f} %"]
     if row.interaction:
-        parts.append("acts otherwise when all units are low")
-    return "replay: " + ", ".join(parts)
+        return "replay; acts otherwise when all units are low"
+    return "replay; may send tokens to other experts, which no gradient sees" if row.routed else "replay"
 
 
 def vetoes_of(

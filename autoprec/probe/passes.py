@@ -59,7 +59,8 @@ class Tally:
         )
         self.kind, self.factor, self.spread = read.kind, second_order_factor(read.kind), spread_of_squares(read)
         if index not in self.comparisons:
-            self.comparisons[index] = compare(_detached(read), _detached(read))
+            own = _detached(read)
+            self.comparisons[index] = compare(own, own)
             self.positions += int(read.counted.sum())
         self.draws[index] = number + 1
         self.passes += 1

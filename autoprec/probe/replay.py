@@ -27,7 +27,7 @@ from autoprec.probe.readout import Readout
 from autoprec.probe.sites import Site, in_format
 from autoprec.probe.workload import Workload
 
-__all__ = ["Effects", "Key", "Replayer", "floats", "frozen", "uncached"]
+__all__ = ["Effects", "Key", "Replayer", "floats", "frozen", "repeatable"]
 
 #: replayed as it ran, a site must give its own result again, up to the order of parallel sums
 _SAME = 1e-5
@@ -105,7 +105,8 @@ class Replayer:
             self._copied |= written
         slope = direction(read)
         if read.predictions.requires_grad:
-            read.predictions.backward(slope)
+            # of the very tensor that a backward begins at, a hook on several tensors is told nothing
+            read.predictions.view_as(read.predictions).backward(slope)
         examples = read.counted.shape[0]
         _sum_up(effects, self._sums, examples)
         self._sums = {}
@@ -202,7 +203,7 @@ class Replayer:
             for g, x, y in zip(grads, low, call.results, strict=True):
                 if g is None:
                     continue
-                error = (x.sub_(y) if x is not y else x - y).mul_(g)
+                error = (x - y).mul_(g)  # not in place: a module may hand on what it was given
                 effect = _by_example(error, feature)
                 if not bool(effect.isfinite().all()):
                     effects.lost.add((unit, choice))
@@ -296,17 +297,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def uncached(model: nn.Module) -> Iterator[None]:
-    """Have models of Transformers keep no keys and values: a block replayed would find its own in the cache."""
-    configs: list[Any] = []
+def repeatable(model: nn.Module) -> Iterator[None]:
+    """Let every module give the same when it runs again, for the length of a block.
+
+    Models of Transformers keep no keys and values: a block replayed would find its own in the cache. Packed layers of
+    bitsandbytes do not repack their weights for a CPU kernel that has no backward, which nothing would undo.
+    """
+    undo: list[tuple[Any, str, Any]] = []
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "use_cache", None) is True and not any(config is c for c in configs):
-            configs.append(config)
-    for config in configs:
-        config.use_cache = False
+        for owner, name in ((getattr(module, "config", None), "use_cache"), (module, "support_avx512bf16_for_cpu")):
+            if owner is not None and getattr(owner, name, False):
+                undo.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, False)
     try:
         yield
     finally:
-        for config in configs:
-            config.use_cache = True
+        for owner, name, value in undo:
+            setattr(owner, name, value)

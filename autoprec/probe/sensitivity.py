@@ -11,6 +11,7 @@ pass at the least, unless the caller says what it is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,12 +22,12 @@ from autoprec.errors import MeasurementError, UsageError, first_line
 from autoprec.formats import Format
 from autoprec.plan import Plan
 from autoprec.probe.compare import summarise
-from autoprec.probe.direct import halved, measured_drop, weight_errors
-from autoprec.probe.findings import Findings, vetoes_of
+from autoprec.probe.direct import halved, measured_drops, weight_errors
+from autoprec.probe.findings import Finding, Findings, vetoes_of
 from autoprec.probe.numerics import GradientNumerics, activation_maxima, gradient_numerics
 from autoprec.probe.passes import Clock
 from autoprec.probe.readout import ReadoutKind
-from autoprec.probe.replay import frozen, uncached
+from autoprec.probe.replay import frozen, repeatable
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.survey import Survey
 from autoprec.probe.units import probe_units
@@ -80,10 +81,7 @@ def probe_sensitivity(
         return _only(known, wanted)
     found = _probe(workload, missing, clock, seed, vault, progress or (lambda news: None))
     whole = found if known is None else _joined(known, found)
-    fault = vault.write(whole) if vault else None
-    if fault:
-        whole = dataclasses.replace(whole, notes=(*whole.notes, f"the result is not kept for another time: {fault}"))
-    return _only(whole, wanted)
+    return _only(vault.keep(whole) if vault else whole, wanted)
 
 
 def _parse(formats: Sequence[Format | str]) -> tuple[Format, ...]:
@@ -107,14 +105,14 @@ def _probe(
     emulate = fp8_missing(device) is not None
     survey = Survey(workload, profile, modules, formats, ambient, emulate, clock, seed, tell)
     try:
-        with kept_state(model, weights=False), uncached(model), plain_fp32(device.type):
+        with kept_state(model, weights=False), repeatable(model), plain_fp32(device.type):
             model.eval()
             with frozen(model):
                 survey.run()
                 maxima = activation_maxima(workload, profile, modules, workload.batches[:1])
             numerics = _gradients(survey) if workload.mode is Mode.TRAIN else GradientNumerics((), None)
             findings = {f: Findings.of(survey, f) for f in formats}
-            _measure(survey, findings)
+            around = _measure(survey, findings)
     except RuntimeError as error:
         raise MeasurementError(
             f"the FP32 reference cannot be probed: {first_line(error)}. Check that the model takes these batches; "
@@ -142,6 +140,7 @@ def _probe(
         formats=tuple(formats),
         drop_unit="relative error" if kind is ReadoutKind.VALUES else "nats",
         scale=scale,
+        ambient_drop=around,
         replayed_positions=survey.tally.positions,
         drops=tuple(drops),
         activation_max=maxima,
@@ -164,26 +163,35 @@ def _gradients(survey: Survey) -> GradientNumerics:
     )
 
 
-def _measure(survey: Survey, findings: dict[Format, Findings]) -> None:
-    """Run the model for the units that are least certain and matter most, and for those no gradient comes back to."""
+def _measure(survey: Survey, findings: dict[Format, Findings]) -> float:
+    """Run the model for the units that are least certain and matter most, and for those no gradient comes back to.
+
+    Returns the drop of what the ambient format alone does: nought where all products are those of units.
+    """
     workload, clock, emulate = survey.workload, survey.clock, survey.emulate
     wide = {u.name: Format.FP32 for u in survey.profile.units}
     base = Plan.assign(survey.profile, wide, ambient=survey.ambient, mode=workload.mode)
+    first = measured_drops(workload.with_batches(workload.batches[:1]), [base], emulate=emulate)[0]
+    around = first.value if first else 0.0
+    if around > 0 and len(workload.batches) > 1 and (whole := measured_drops(workload, [base], emulate=emulate)[0]):
+        around = whole.value
     for choice, found in findings.items():
         cut = [u.name for u in survey.profile.units if choice in u.formats and u.name in survey.cut]
         if cut:
             errors = weight_errors(survey.profile, survey.modules, choice)
             cut.sort(key=errors.__getitem__)
             found.groups = halved(workload, base, cut, choice, clock, emulate=emulate)
-    each = survey.each_seconds * 2  # the reference is run beside
-    ranked = {f: found.doubtful() for f, found in findings.items()}
-    while clock.fits(each) and any(ranked.values()):
-        for queue in ranked.values():  # formats take turns
-            if queue and clock.fits(each):
-                row = queue.pop(0)
-                begun = clock.elapsed
-                row.direct = measured_drop(workload, base.replace({row.unit: row.format}), emulate=emulate)
-                each = max(each / 2, clock.elapsed - begun)
+    rows = _chosen(findings, int((clock.allowed - clock.elapsed) / survey.each_seconds) - 1)
+    plans = [base.replace({row.unit: row.format}) for row in rows]
+    for row, drop in zip(rows, measured_drops(workload, plans, emulate=emulate) if plans else [], strict=True):
+        row.direct = drop and dataclasses.replace(drop, value=max(drop.value - around, 0.0))
+    return around
+
+
+def _chosen(findings: dict[Format, Findings], count: int) -> list[Finding]:
+    """Return the `count` most doubtful findings, formats taking turns: their drops are orders of magnitude apart."""
+    turns = itertools.zip_longest(*(found.doubtful() for found in findings.values()))
+    return [row for turn in turns for row in turn if row is not None][: max(count, 0)]
 
 
 def _shares(rows: Sequence[UnitDrop], survey: Survey) -> list[UnitDrop]:

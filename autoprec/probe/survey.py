@@ -13,7 +13,6 @@ from torch import nn
 
 from autoprec.errors import MeasurementError
 from autoprec.formats import Format
-from autoprec.probe.compare import compare
 from autoprec.probe.estimation import Scores, predict
 from autoprec.probe.passes import Clock, Tally, check_finite, first_bad_unit
 from autoprec.probe.readout import Readout
@@ -25,10 +24,13 @@ from autoprec.records import ModelProfile, Progress
 
 __all__ = ["Survey"]
 
-#: of what measuring one by one would take, allowed by default
-_SHARE = 0.11
+#: allowed by default: what so many passes over all batches take, so that a deep model costs no more for each unit than
+#: a shallow one; of few units, no more than a share of what measuring them one by one would take
+_SWEEPS, _FEW_UNITS, _SHARE = 3.0, 24, 0.11
 #: of the time allowed: passes end here, the rest is for direct measurements; and so much is for the second anchor
 _PASSES, _ANCHOR = 0.8, 0.15
+#: a forward and the comparison of its output, over the forward; a pass over the first one, which checks every site
+_WITH_COMPARING, _UNCHECKED = 1.3, 0.85
 #: relative standard error of a typical unit below which no further pass is made
 _ENOUGH = 0.04
 _NOTHING_COUNTS = "no position counts: every label is -100 or masked. Give batches with labels to predict."
@@ -63,6 +65,8 @@ class Survey:
         order = list(range(len(self.workload.batches)))
         random.Random(self.seed).shuffle(order)
         replayer, slowest = self._checked_pass(order[0])
+        if math.isinf(self.clock.allowed):
+            self.clock.allowed = self._allowance(slowest)
         slowest = self._sweep(replayer, order[1:], slowest, 1 - _ANCHOR)
         self._second_anchor(replayer, [i for i in order if i in self.tally.draws], slowest)
         while self.clock.fits(slowest, _PASSES) and not self._is_enough():
@@ -88,11 +92,9 @@ class Survey:
             self._reference(0)  # sets up kernels
             begun = time.monotonic()
             read = self._reference(0)
-            check_finite(read, lambda: first_bad_unit(self.workload, self.workload.batches[0]), 0)
-            compare(read, read)
             step = time.monotonic() - begun
-        pairs = sum(len([f for f in self.formats if f in u.formats]) for u in self.profile.units)
-        self.each_seconds = step * len(self.workload.batches)
+            check_finite(read, lambda: first_bad_unit(self.workload, self.workload.batches[0]), 0)
+        self.each_seconds = _WITH_COMPARING * step * len(self.workload.batches)
         least = step * (3 + 2 * len(self.formats))
         if self.clock.elapsed + least > self.clock.allowed:
             raise MeasurementError(
@@ -100,8 +102,14 @@ class Survey:
                 f"{len(self.formats)} formats take about {least:.2g} s here, after {self.clock.elapsed:.2g} s to get "
                 f"ready. Allow {math.ceil(self.clock.elapsed + 2 * least)} s or more, or use smaller batches."
             )
-        if math.isinf(self.clock.allowed):
-            self.clock.allowed = max(self.clock.elapsed + least, _SHARE * pairs * self.each_seconds)
+
+    def _allowance(self, checked: float) -> float:
+        """Return the seconds allowed from the start on, given what the first pass took, which checks every site."""
+        total = _SWEEPS * _UNCHECKED * checked * len(self.workload.batches)
+        if len(self.profile.units) < _FEW_UNITS:
+            pairs = sum(len([f for f in self.formats if f in u.formats]) for u in self.profile.units)
+            total = min(total, _SHARE * pairs * self.each_seconds)
+        return self.clock.elapsed - checked + total
 
     def _reference(self, index: int) -> Readout:
         batch = self.workload.batches[index]

@@ -5,6 +5,7 @@ Formats are kept together and can be added one by one. A file that cannot be rea
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -74,11 +75,13 @@ class Vault:
         except AutoprecError:
             return None
 
-    def write(self, profile: SensitivityProfile) -> str | None:
-        """Keep a result; return why it could not be kept, or None. A full disk is no reason to lose it."""
+    def keep(self, profile: SensitivityProfile) -> SensitivityProfile:
+        """Write a result and return it with its place; where it cannot be written, with a note why: it is not lost."""
+        kept = dataclasses.replace(profile, file=str(self.path))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, as_json(profile))
+            write_json(self.path, as_json(kept))
         except (OSError, AutoprecError) as error:
-            return str(error)
-        return None
+            note = f"the result could not be kept for another time: {error}"
+            return dataclasses.replace(profile, notes=(*profile.notes, note))
+        return kept

@@ -92,7 +92,7 @@ class Workload:
         config = getattr(bare, "config", None)
         self.model: Final = model
         self._batches = check_batches(batches)
-        self.mode: Final = parse_mode(mode)
+        self._mode = parse_mode(mode)
         self.loss: Final = loss
         self.outputs: Final = parse_outputs(outputs)
         self.metric: Final = metric
@@ -110,6 +110,11 @@ class Workload:
     def batches(self) -> tuple[Batch, ...]:
         """The batches, as given."""
         return self._batches
+
+    @property
+    def mode(self) -> Mode:
+        """What one step is."""
+        return self._mode
 
     def forward(self, batch: Batch) -> Any:
         """Run the model on a batch, as it is and where it is, and return its raw output.
@@ -185,6 +190,12 @@ class Workload:
         other = copy.copy(self)
         other._batches = check_batches(batches)
         other._check_labels()
+        return other
+
+    def with_mode(self, mode: str | Mode) -> Workload:
+        """Return the same workload in another mode."""
+        other = copy.copy(self)
+        other._mode = parse_mode(mode)
         return other
 
     def data_digest(self) -> str:
@@ -297,6 +308,7 @@ def workload_from(
     trust_remote_code: bool = False,
     device: str = "cpu",
     seed: int = 0,
+    made: object | None = None,
 ) -> Workload:
     """Make the workload of a command line: load the model, read the data, cut it into batches, all on `device`.
 
@@ -310,6 +322,7 @@ def workload_from(
         mode: None: the file's own Workload's, else train.
         metric: file.py:function, called as function(model, batches) → float.
         device: `auto`, a torch device, or a catalogued name (absent: the model stays on the CPU).
+        made: what file.py:function returned, where it was called already.
 
     Raises:
         ModelError, DataError, DeviceError, UsageError: as the message says; nothing is left half-done.
@@ -320,7 +333,7 @@ def workload_from(
     here = str(resolve_device(device)[0] or "cpu")  # a device that is not here is emulated on the CPU
     measure = load_function(metric, what="--metric", error=UsageError) if metric else None
     if is_function(model):
-        given = load_function(model)()
+        given = load_function(model)() if made is None else made
         if isinstance(given, Workload):
             return _own_workload(given, model, wanted, kind, mode, measure, here)
         raise ModelError(

@@ -37,6 +37,8 @@ class UnitDrop:
     method: Method
     #: of the sum of all units' drops in this format
     share: float
+    #: what replay predicted, whatever was done afterwards; None where it could not
+    predicted: float | None
     #: relative standard error of the sampling of texts and labels; None where measured directly
     sampling_error: float | None
     #: what the second anchor says: what taking the unit out of the all-low run would save; None where it was not run
@@ -85,6 +87,8 @@ class SensitivityProfile:
     drop_unit: str
     #: what 100 % of drop is: the reference's loss or entropy in nats, 1 for values
     scale: float
+    #: what the ambient format does outside of units, in the same unit; drops of units come on top
+    ambient_drop: float
     #: counted positions of the batches that were replayed
     replayed_positions: int
     drops: tuple[UnitDrop, ...]
@@ -101,6 +105,8 @@ class SensitivityProfile:
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     seed: int
+    #: where it is kept, None where it is not
+    file: str | None = None
 
     def __getitem__(self, key: tuple[str, Format | str]) -> Estimate:
         """Return the drop of (unit, format); KeyError for what was not probed. FP32 is 0 by definition."""
@@ -110,6 +116,10 @@ class SensitivityProfile:
                 return _NONE
             raise KeyError(key)
         return self.row(unit, choice).drop
+
+    def total(self, choice: Format | str) -> float:
+        """Return the sum of all units' drops in a format."""
+        return sum(d.drop.value for d in self.drops if d.format == choice)
 
     def row(self, unit: str, choice: Format | str) -> UnitDrop:
         """Return all that is known of a unit in a format; KeyError for what was not probed."""

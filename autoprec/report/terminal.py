@@ -17,6 +17,7 @@ from autoprec.report.figures import drop_unit, format_counts, interval, megabyte
 from autoprec.report.layout import Column, print_heading, print_line, print_table
 from autoprec.report.plans import fact_lines, print_plan, print_recommendation
 from autoprec.report.profiles import print_device, print_units
+from autoprec.report.sensitivity import print_sensitivity
 
 __all__ = [
     "fact_lines",
@@ -26,6 +27,7 @@ __all__ = [
     "print_plan",
     "print_recommendation",
     "print_result",
+    "print_sensitivity",
     "print_units",
 ]
 

@@ -1,12 +1,34 @@
-"""The Pareto front of measured plans: pure functions of points."""
+"""Pareto fronts: of plans that were measured, and of all assignments as predicted.
+
+The predicted front is exact where it can be (`chain`), and says so; with it comes a bound: no assignment of at most
+this drop is faster than that, as predicted.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
+from autoprec.errors import StudyError
+from autoprec.formats import Format
 from autoprec.records import Measurement
+from autoprec.study.chain import Border, Chain, ChainUnit, Choice, unbeaten
 
-__all__ = ["feasible", "pareto_front", "pareto_indices"]
+__all__ = [
+    "ChainUnit",
+    "Choice",
+    "PredictedFront",
+    "feasible",
+    "pareto_front",
+    "pareto_indices",
+    "predicted_front",
+]
+
+Array = npt.NDArray[np.float64]
 
 
 def pareto_indices(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -38,3 +60,91 @@ def pareto_front(measurements: Sequence[Measurement]) -> list[Measurement]:
     usable = [m for m in measurements if feasible(m)]
     points = [(m.drop, m.step_ms) for m in usable if m.drop is not None and m.step_ms is not None]
     return [usable[i] for i in pareto_indices(points)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PredictedFront:
+    """Points that no assignment beats, as predicted, from least time to least drop.
+
+    `drop` [P] nats, `time_ms` [P], `bytes` [P], `picks` [P, units]: the index of each unit's choice. `exact`: no other
+    assignment is missing; otherwise points may be missing, and `least_ms` is what bounds them.
+    """
+
+    units: tuple[ChainUnit, ...]
+    drop: Array
+    time_ms: Array
+    bytes: Array
+    picks: npt.NDArray[np.int8]
+    exact: bool
+    _prices: Array = field(repr=False)
+    _values: Array = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.drop)
+
+    def assignment(self, index: int) -> dict[str, Format]:
+        """Return the format of each unit at a point."""
+        return {u.name: u.choices[k].format for u, k in zip(self.units, self.picks[index], strict=True)}
+
+    def within(self, drop: float) -> int | None:
+        """Return the index of the fastest point whose drop is at most `drop`, None where there is none."""
+        fitting = np.flatnonzero(self.drop <= drop)
+        return int(fitting[np.argmin(self.time_ms[fitting])]) if len(fitting) else None
+
+    def least_ms(self, drop: float) -> float:
+        """Return a time that no assignment of at most this drop can beat, as predicted; infinite where none has it."""
+        fastest = self.within(drop)
+        if self.exact:
+            return math.inf if fastest is None else float(self.time_ms[fastest])
+        if drop < float(self.drop.min()):
+            return math.inf
+        return float(np.max(self._values - self._prices * drop))
+
+
+def predicted_front(
+    units: Sequence[ChainUnit],
+    *,
+    border_ms: Border = 0.0,
+    memory: bool = False,
+    max_states: int | None = None,
+) -> PredictedFront:
+    """Return the front of all assignments of `units`, in the order in which they run.
+
+    Args:
+        units: what each may choose from, with predicted drop and time.
+        border_ms: cost of a cast where two neighbours differ; or for each pair of neighbours a cost by formats
+            (of the earlier, of the later), 0 where it is not named.
+        memory: keep what is better in memory alone, too.
+        max_states: partial assignments kept for one format of the last unit; None: what a second allows.
+
+    Raises:
+        StudyError: no unit, a unit without choices, a figure that is not finite, or units tied without a common format.
+    """
+    units = tuple(units)
+    _check(units)
+    chain = Chain(units, border_ms)
+    values, prices, corners = chain.relaxed()
+    kept, exact = chain.states(memory, max_states)
+    picks = kept if exact else np.concatenate([kept, corners])
+    picks = np.unique(picks, axis=0)
+    drop, time_ms, size = chain.cost(picks)
+    order = np.lexsort((size, drop, time_ms))
+    table = np.stack([time_ms, drop, size] if memory else [time_ms, drop])[:, order]
+    order = order[unbeaten(table)]
+    return PredictedFront(
+        units, drop[order], time_ms[order], size[order], picks[order].astype(np.int8), exact, prices, values
+    )
+
+
+def _check(units: tuple[ChainUnit, ...]) -> None:
+    if not units:
+        raise StudyError("there is no unit to choose a format for; give the units of a model")
+    for unit in units:
+        if not unit.choices:
+            raise StudyError(f"unit '{unit.name}' has no format to choose from; give it one, such as fp32")
+        for c in unit.choices:
+            if not all(map(math.isfinite, (c.drop, c.time_ms, c.bytes))):
+                raise StudyError(
+                    f"unit '{unit.name}' in {c.format} has drop {c.drop} and time {c.time_ms} ms, which is no finite "
+                    "figure; leave that format out of its choices"
+                )

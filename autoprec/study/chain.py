@@ -1,4 +1,4 @@
-"""The predicted front, exactly: the least drop for every time, over all assignments of formats to a chain of units.
+"""Least drop for every time, over all assignments of formats to a chain of units, by dynamic programming.
 
 A multiple-choice knapsack whose neighbours pay for casts between them. Units are taken one after the other; of all
 partial assignments that end in the same format only those are kept that no other beats in time and drop (and memory,
@@ -12,9 +12,8 @@ of the front, and still bounds from below what any assignment can reach.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +21,22 @@ import numpy.typing as npt
 from autoprec.errors import StudyError
 from autoprec.formats import Format
 
-__all__ = ["ChainUnit", "Choice", "PredictedFront", "predicted_front"]
+__all__ = ["Border", "Chain", "ChainUnit", "Choice", "unbeaten"]
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
+#: a cost wherever two neighbours differ; or for each pair of neighbours a cost by formats (the earlier's, the later's)
+Border = float | Sequence[Mapping[tuple[Format, Format], float]]
+#: a state between two units: the format of the last, and those of ties that are still open
+_Key = tuple[Format | None, tuple[tuple[str, Format], ...]]
 
 #: partial assignments handled in all, which is about a second of work
-_WORK = 6_000_000
-_FEWEST_STATES = 128
+_WORK = 3_000_000
+_FEWEST_STATES = 64
 #: states that tied units may multiply to
 _MOST_KEYS = 4096
-#: prices of drop for which the relaxation is solved
-_PRICES = 512
+#: prices of drop for which the relaxation is solved at first, and rounds of further ones
+_PRICES, _ROUNDS = 64, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,94 +62,6 @@ class ChainUnit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PredictedFront:
-    """Points that no assignment beats, as predicted, from least time to least drop.
-
-    `drop` [P] nats, `time_ms` [P], `bytes` [P], `picks` [P, units]: the index of each unit's choice. `exact`: no other
-    assignment is missing; otherwise points may be missing, and `least_ms` is what bounds them.
-    """
-
-    units: tuple[ChainUnit, ...]
-    drop: Array
-    time_ms: Array
-    bytes: Array
-    picks: npt.NDArray[np.int8]
-    exact: bool
-    _prices: Array = field(repr=False)
-    _values: Array = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.drop)
-
-    def assignment(self, index: int) -> dict[str, Format]:
-        """Return the format of each unit at a point."""
-        return {u.name: u.choices[k].format for u, k in zip(self.units, self.picks[index], strict=True)}
-
-    def within(self, drop: float) -> int | None:
-        """Return the index of the fastest point whose drop is at most `drop`, None where there is none."""
-        fitting = np.flatnonzero(self.drop <= drop)
-        return int(fitting[np.argmin(self.time_ms[fitting])]) if len(fitting) else None
-
-    def least_ms(self, drop: float) -> float:
-        """Return a time that no assignment of at most this drop can beat, as predicted; infinite where none has it."""
-        fastest = self.within(drop)
-        if self.exact:
-            return math.inf if fastest is None else float(self.time_ms[fastest])
-        if drop < float(self.drop.min()):
-            return math.inf
-        return float(np.max(self._values - self._prices * drop))
-
-
-def predicted_front(
-    units: Sequence[ChainUnit],
-    *,
-    border_ms: float | Sequence[Mapping[tuple[Format, Format], float]] = 0.0,
-    memory: bool = False,
-    max_states: int | None = None,
-) -> PredictedFront:
-    """Return the front of all assignments of `units`, in the order in which they run.
-
-    Args:
-        units: what each may choose from, with predicted drop and time.
-        border_ms: cost of a cast where two neighbours differ; or for each pair of neighbours a cost by formats
-            (of the earlier, of the later), 0 where it is not named.
-        memory: keep what is better in memory alone, too.
-        max_states: partial assignments kept for one format of the last unit; None: what a second allows.
-
-    Raises:
-        StudyError: no unit, a unit without choices, a figure that is not finite, or units tied without a common format.
-    """
-    units = tuple(units)
-    _check(units)
-    chain = _Chain(units, border_ms)
-    values, prices, corners = chain.relaxed()
-    kept, exact = chain.states(memory, max_states)
-    picks = kept if exact else np.concatenate([kept, corners])
-    picks = np.unique(picks, axis=0)
-    drop, time_ms, size = chain.cost(picks)
-    order = np.lexsort((size, drop, time_ms))
-    table = np.stack([time_ms, drop, size] if memory else [time_ms, drop])[:, order]
-    order = order[_unbeaten(table)]
-    return PredictedFront(
-        units, drop[order], time_ms[order], size[order], picks[order].astype(np.int8), exact, prices, values
-    )
-
-
-def _check(units: tuple[ChainUnit, ...]) -> None:
-    if not units:
-        raise StudyError("there is no unit to choose a format for; give the units of a model")
-    for unit in units:
-        if not unit.choices:
-            raise StudyError(f"unit '{unit.name}' has no format to choose from; give it one, such as fp32")
-        for c in unit.choices:
-            if not all(map(math.isfinite, (c.drop, c.time_ms, c.bytes))):
-                raise StudyError(
-                    f"unit '{unit.name}' in {c.format} has drop {c.drop} and time {c.time_ms} ms, which is no finite "
-                    "figure; leave that format out of its choices"
-                )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Step:
     """The ways into the states of one unit: [keys, ways] indices of the state before (-1: none) and of the choice."""
 
@@ -157,27 +72,23 @@ class _Step:
     bytes: Array
 
 
-class _Chain:
+class Chain:
     """A chain as steps between numbered states; a state is the last unit's format and those of open ties."""
 
-    def __init__(
-        self, units: tuple[ChainUnit, ...], border_ms: float | Sequence[Mapping[tuple[Format, Format], float]]
-    ) -> None:
+    def __init__(self, units: tuple[ChainUnit, ...], border_ms: Border) -> None:
         if not isinstance(border_ms, int | float) and len(border_ms) != len(units) - 1:
             raise StudyError(f"{len(units)} units have {len(units) - 1} borders; {len(border_ms)} were given")
         self.units, self.border = units, border_ms
         self.last = {u.tied: i for i, u in enumerate(units) if u.tied is not None}
         self.steps: list[_Step] = []
-        keys: list[tuple[Format | None, tuple[tuple[str, Format], ...]]] = [(None, ())]
+        keys: list[_Key] = [(None, ())]
         for index in range(len(units)):
             step, keys = self._step(index, keys)
             self.steps.append(step)
 
-    def _step(
-        self, index: int, before: list[tuple[Format | None, tuple[tuple[str, Format], ...]]]
-    ) -> tuple[_Step, list[tuple[Format | None, tuple[tuple[str, Format], ...]]]]:
+    def _step(self, index: int, before: list[_Key]) -> tuple[_Step, list[_Key]]:
         unit = self.units[index]
-        ways: dict[tuple[Format | None, tuple[tuple[str, Format], ...]], list[tuple[int, int, float]]] = {}
+        ways: dict[_Key, list[tuple[int, int, float]]] = {}
         for row, (previous, ties) in enumerate(before):
             for k, choice in enumerate(unit.choices):
                 after = dict(ties)
@@ -194,8 +105,8 @@ class _Chain:
             raise StudyError(f"more than {_MOST_KEYS} combinations of tied units are open at unit '{unit.name}'")
         shape = len(ways), max(map(len, ways.values()))
         rows, picks, added = np.full(shape, -1), np.zeros(shape, dtype=np.intp), np.zeros(shape)
-        for key, found in enumerate(ways.values()):
-            rows[key, : len(found)], picks[key, : len(found)], added[key, : len(found)] = zip(*found, strict=True)
+        for row, found in enumerate(ways.values()):
+            rows[row, : len(found)], picks[row, : len(found)], added[row, : len(found)] = zip(*found, strict=True)
         drop, time_ms, size = (
             np.array([getattr(c, name) for c in unit.choices])[picks] for name in ("drop", "time_ms", "bytes")
         )
@@ -233,9 +144,7 @@ class _Chain:
             grown = (padded[:, step.before] + cost[..., None]).reshape(axes, len(step.before), -1)
             order = np.argsort(grown[0], axis=1, kind="stable")
             grown = np.take_along_axis(grown, order[None], axis=2)
-            keep = (
-                _staircase(grown[:2]) if not memory else np.stack([_unbeaten(grown[:, k]) for k in range(len(order))])
-            )
+            keep = _staircase(grown[:2]) if not memory else np.stack([unbeaten(grown[:, k]) for k in range(len(order))])
             keep &= np.isfinite(grown[0])
             if (counts := keep.sum(axis=1)).max() > limit:
                 keep, exact = _thinned(grown[0], grown[1], keep, limit), False
@@ -254,21 +163,38 @@ class _Chain:
         return max(_FEWEST_STATES, _WORK // work)
 
     def relaxed(self) -> tuple[Array, Array, npt.NDArray[np.intp]]:
-        """Return for some prices of drop the least of time + price × drop, the prices, and the assignments there."""
-        prices = self._prices()
+        """Return for some prices of drop the least of time + price × drop, the prices, and the assignments there.
+
+        Between two assignments next to each other on the hull the price at which both cost the same finds what lies
+        below the line through them, so prices gather where the hull has corners.
+        """
+        prices = self._first_prices()
+        values, all_prices, corners = np.empty(0), np.empty(0), np.empty((0, len(self.units)), dtype=np.intp)
+        for _ in range(_ROUNDS):
+            value, picks = self._cheapest(prices)
+            values, all_prices = np.concatenate([values, value]), np.concatenate([all_prices, prices])
+            corners = np.unique(np.concatenate([corners, picks]), axis=0)
+            drop, time_ms, _ = self.cost(corners)
+            order = np.lexsort((drop, time_ms))
+            order = order[unbeaten(np.stack([time_ms, drop])[:, order])]
+            if len(order) < 2:
+                break
+            prices = np.setdiff1d(-np.diff(time_ms[order]) / np.diff(drop[order]), all_prices)
+        return values, all_prices, corners
+
+    def _cheapest(self, prices: Array) -> tuple[Array, npt.NDArray[np.intp]]:
         value, trail = np.zeros((1, len(prices))), []
         for step in self.steps:
             padded = np.concatenate([value, np.full((1, len(prices)), np.inf)])
             total = padded[step.before] + step.time_ms[..., None] + step.drop[..., None] * prices
             way = np.argmin(total, axis=1)
             value = np.take_along_axis(total, way[:, None], axis=1)[:, 0]
-            columns = np.arange(len(prices))
-            parent = np.take_along_axis(step.before, way, axis=1) * len(prices) + columns
+            parent = np.take_along_axis(step.before, way, axis=1) * len(prices) + np.arange(len(prices))
             trail.append((parent, np.take_along_axis(step.choice, way, axis=1)))
         best = np.argmin(value, axis=0)
-        return value.min(axis=0), prices, _traced(trail, best * len(prices) + np.arange(len(prices)))
+        return value.min(axis=0), _traced(trail, best * len(prices) + np.arange(len(prices)))
 
-    def _prices(self) -> Array:
+    def _first_prices(self) -> Array:
         """Return prices from 'drop costs nothing' to 'drop is all that counts', evenly on a log scale."""
         gains = [
             (abs(a.time_ms - b.time_ms) + 1e-12) / abs(a.drop - b.drop)
@@ -292,16 +218,18 @@ def _staircase(table: Array) -> npt.NDArray[np.bool_]:
     return keep
 
 
-def _unbeaten(table: Array) -> npt.NDArray[np.bool_]:
+def unbeaten(table: Array) -> npt.NDArray[np.bool_]:
     """Return which of the points [axes, N], sorted by the first axis, no other beats; of equal ones the first stays."""
+    if table.shape[0] == 2:
+        return _staircase(table[:, None]).ravel()
     keep = np.zeros(table.shape[1], dtype=bool)
     front = np.empty((table.shape[0] - 1, 0))
     for start in range(0, table.shape[1], 512):
         block = table[1:, start : start + 512]
-        alive = ~(front[:, None, :] <= block[:, :, None]).all(axis=0).any(axis=1)
-        inside = (block[:, None, :] <= block[:, :, None]).all(axis=0)
+        alive: npt.NDArray[np.bool_] = ~np.any(np.all(front[:, None, :] <= block[:, :, None], axis=0), axis=1)
+        inside = np.all(block[:, None, :] <= block[:, :, None], axis=0)
         earlier = np.tril(np.ones(inside.shape, dtype=bool), -1)
-        alive &= ~(inside & earlier).any(axis=1)
+        alive &= ~np.any(inside & earlier, axis=1)
         keep[start : start + 512] = alive
         front = np.concatenate([front, block[:, alive]], axis=1)
     return keep

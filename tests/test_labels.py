@@ -1,0 +1,99 @@
+"""Directions whose second moment is the Hessian of the drop, and the slope of the drop itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoprec.probe.compare import compare
+from autoprec.probe.labels import divergence_slope, draw_direction, second_order_factor, spread_of_squares
+from autoprec.probe.readout import Readout, ReadoutKind
+
+
+def readout(kind: ReadoutKind, predictions: Tensor, counted: Tensor | None = None) -> Readout:
+    everywhere = torch.ones(predictions.shape[:2], dtype=torch.bool)
+    return Readout(kind, predictions, everywhere if counted is None else counted, None)
+
+
+def shape_of(kind: ReadoutKind) -> tuple[int, int, int]:
+    return (2, 3, 1) if kind is ReadoutKind.BINARY else (2, 3, 5)
+
+
+def drop(kind: ReadoutKind, reference: Tensor, other: Tensor) -> float:
+    """Return what `compare` calls the drop, summed over positions (for values: the squared error)."""
+    return float(compare(readout(kind, reference), readout(kind, other)).drop.sum())
+
+
+@pytest.mark.parametrize("kind", ReadoutKind)
+def test_the_second_moment_is_the_curvature_of_the_drop(kind: ReadoutKind) -> None:
+    logits = torch.randn(shape_of(kind))
+    error = 1e-3 * torch.randn(shape_of(kind))
+    draws = 4000
+    squares = torch.stack(
+        [(draw_direction(readout(kind, logits), seed) * error).sum(-1).square().sum() for seed in range(draws)]
+    )
+    estimate = second_order_factor(kind) * float(squares.double().mean())
+    # five standard errors of the mean of the draws
+    width = 5 * second_order_factor(kind) * float(squares.double().std()) / draws**0.5
+    assert estimate == pytest.approx(drop(kind, logits.double(), (logits + error).double()), abs=width + 1e-10)
+
+
+def test_a_single_logit_is_not_drawn_but_for_its_sign() -> None:
+    logits = torch.tensor([[[0.3]], [[-2.0]]])
+    sizes = {
+        tuple(draw_direction(readout(ReadoutKind.BINARY, logits), seed).abs().ravel().tolist()) for seed in range(9)
+    }
+    p = logits.sigmoid()
+    assert len(sizes) == 1
+    assert torch.tensor(sizes.pop()) == pytest.approx((p * (1 - p)).sqrt().ravel())
+    assert spread_of_squares(read) == 0.0
+    assert spread_of_squares(readout(ReadoutKind.LOGITS, torch.zeros(1, 4, 3))) == 2.0
+
+
+def test_labels_are_drawn_with_their_probabilities() -> None:
+    logits = torch.tensor([0.1, 2.0, -1.0, 0.5]).expand(1, 20_000, 4)
+    direction = draw_direction(readout(ReadoutKind.LOGITS, logits), seed=3)
+    p = logits[0, 0].softmax(-1)
+    drawn = (direction + p > 0.5).double().mean(dim=(0, 1))
+    # four standard deviations of a binomial
+    assert torch.all((drawn - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt())
+
+
+def test_what_does_not_count_has_no_direction_whatever_it_holds() -> None:
+    logits = torch.randn(2, 3, 5)
+    logits[0, 1] = torch.nan
+    logits[1, 2] = torch.inf
+    counted = torch.ones(2, 3, dtype=torch.bool)
+    counted[0, 1] = counted[1, 2] = False
+    for kind in (ReadoutKind.LOGITS, ReadoutKind.VALUES):
+        direction = draw_direction(readout(kind, logits, counted), seed=0)
+        slope = divergence_slope(logits, readout(kind, logits, counted))
+        for found in (direction, slope):
+            assert bool(found.isfinite().all())
+            assert not bool(found[~counted].any())
+
+
+def test_a_masked_class_stays_out() -> None:
+    logits = torch.tensor([[[0.0, -torch.inf, 1.0]]])
+    direction = draw_direction(readout(ReadoutKind.LOGITS, logits), seed=0)
+    assert float(direction[0, 0, 1]) == 0.0
+    assert float(direction.sum()) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ReadoutKind)
+def test_the_slope_is_that_of_the_drop(kind: ReadoutKind) -> None:
+    reference = torch.randn(shape_of(kind))
+    here = reference + 0.1 * torch.randn(shape_of(kind))
+    towards = torch.randn(shape_of(kind))
+    slope = float((divergence_slope(reference, readout(kind, here)).double() * towards).sum())
+    step = 1e-4
+    ends = [drop(kind, reference.double(), here.double() + s * step * towards) for s in (1, -1)]
+    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ReadoutKind)
+def test_seeds_give_the_same_direction_again(kind: ReadoutKind) -> None:
+    read = readout(kind, torch.randn(shape_of(kind)))
+    assert torch.equal(draw_direction(read, 1), draw_direction(read, 1))
+    assert not torch.equal(draw_direction(read, 1), draw_direction(read, 2))
