@@ -41,9 +41,8 @@ def test_the_second_moment_is_the_curvature_of_the_drop(kind: ReadoutKind) -> No
 
 def test_a_single_logit_is_not_drawn_but_for_its_sign() -> None:
     logits = torch.tensor([[[0.3]], [[-2.0]]])
-    sizes = {
-        tuple(draw_direction(readout(ReadoutKind.BINARY, logits), seed).abs().ravel().tolist()) for seed in range(9)
-    }
+    read = readout(ReadoutKind.BINARY, logits)
+    sizes = {tuple(draw_direction(read, seed).abs().ravel().tolist()) for seed in range(9)}
     p = logits.sigmoid()
     assert len(sizes) == 1
     assert torch.tensor(sizes.pop()) == pytest.approx((p * (1 - p)).sqrt().ravel())
