@@ -189,7 +189,9 @@ def model_figures(name: str, seeds: int) -> dict[str, Any]:
                 **{f: judged(final, truth, f) for f in FORMATS},
                 "replay alone": {f: judged(replayed, truth, f) for f in FORMATS},
                 "coverage": round(float(np.mean(inside)), 3),
-                "median_reach": round(float(np.median([d.drop.high / d.drop.value for d in rows.values()])), 2),
+                "median_reach": round(
+                    float(np.median([d.drop.high / d.drop.value for d in rows.values() if d.drop.value > 0])), 2
+                ),
                 "joint": joint(profile, truths),
                 "seconds": round(took, 2),
                 "one_by_one_seconds": round(each * len(truth), 1),
@@ -198,7 +200,8 @@ def model_figures(name: str, seeds: int) -> dict[str, Any]:
         )
         print(name, json.dumps(runs[-1]), file=sys.stderr, flush=True)
     others = {
-        kind: {f: judged(s, truth, f, kind != "diagonal") for f in FORMATS} for kind, s in rivals(workload).items()
+        kind: {f: judged(scores, truth, f, scaled=kind != "diagonal") for f in FORMATS}
+        for kind, scores in rivals(workload).items()
     }
     return {"pairs": len(truth), "runs": runs, "rivals": others, "peak_mb": peaks(workload)}
 

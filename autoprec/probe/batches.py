@@ -25,6 +25,7 @@ __all__ = [
     "call_style",
     "check_batches",
     "describe_batch",
+    "joined",
 ]
 
 Batch: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -172,3 +173,40 @@ def _check_batch(index: int, batch: object) -> None:
             raise DataError(f"batch {index}: '{name}' has shape {list(tensor.shape)}, which holds no examples.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"batch {index}: '{name}' holds NaN or infinite values. Clean the data and try again.")
+
+
+def joined(batches: Sequence[Batch], rows: int) -> tuple[Batch, ...]:
+    """Return batches of the same kind and shapes put together, up to `rows` examples each; others as they are."""
+    found: list[list[Batch]] = []
+    for batch in batches:
+        alike = found and _shape(batch) is not None and _shape(batch) == _shape(found[-1][0])
+        if alike and sum(_rows(b) for b in found[-1]) + _rows(batch) <= rows:
+            found[-1].append(batch)
+        else:
+            found.append([batch])
+    return tuple(_concatenated(group) for group in found)
+
+
+def _shape(batch: Batch) -> object | None:
+    """Return what two batches must share to be one: names, types and shapes but for the first; None for no tensors."""
+    if isinstance(batch, Tensor):
+        return (batch.dtype, batch.shape[1:])
+    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    parts = [(key, v.dtype, v.shape[1:]) if isinstance(v, Tensor) and v.dim() > 0 else None for key, v in items]
+    lengths = {v.shape[0] for _, v in batch_tensors(batch) if v.dim() > 0}
+    return (type(batch), tuple(parts)) if None not in parts and len(lengths) == 1 else None
+
+
+def _rows(batch: Batch) -> int:
+    return int(batch_tensors(batch)[0][1].shape[0])
+
+
+def _concatenated(group: Sequence[Batch]) -> Batch:
+    first = group[0]
+    if len(group) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat([batch for batch in group if isinstance(batch, Tensor)])
+    if isinstance(first, Mapping):
+        return {key: torch.cat([batch[key] for batch in group if isinstance(batch, Mapping)]) for key in first}
+    return tuple(torch.cat(column) for column in zip(*group, strict=True))

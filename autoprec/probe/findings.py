@@ -145,12 +145,17 @@ class Findings:
                         sampling_error=None,
                         marginal=None,
                         by_batch=(),
-                        reason="no gradient comes back to it: measured alone"
-                        if alone
-                        else f"no gradient comes back to it: measured together with {len(group.units) - 1} more",
+                        reason=_group_reason(group),
                     )
                 )
         return rows
+
+
+def _group_reason(group: Group) -> str:
+    if group.drop is not None and group.drop.value == 0.0:
+        return "does not reach the output that is compared"
+    others = len(group.units) - 1
+    return "no gradient comes back to it: measured " + (f"together with {others} more" if others else "alone")
 
 
 def _before_routers(profile: ModelProfile) -> list[str]:

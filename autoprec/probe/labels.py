@@ -1,9 +1,9 @@
 """Random directions at the output whose second moment is the Hessian of the drop there.
 
-With labels drawn from the model's own predictions p, the gradient of their log-likelihood has the covariance
-diag(p) − p pᵀ, which is the Hessian of KL(reference ‖ plan) in the logits (the Fisher matrix). So half the expected
-square of what an error does to that log-likelihood is the drop it causes, to second order. A single logit needs no
-draw: ±√(p (1 − p)) has the same second moment and less spread. For values, random signs give the squared error.
+The Hessian of KL(reference ‖ plan) in the logits is the Fisher matrix F = diag(p) − p pᵀ of the predictions p. The
+gradient of the log-likelihood of a label drawn from p has it as its covariance; so has √p ⊙ z − p (√p · z) with random
+signs z, whose squares spread less: a confident prediction gives a small direction always, and not a large one now and
+then. A single logit needs no draw but a sign: ±√(p (1 − p)). For values, random signs give the squared error.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ def draw_direction(read: Readout, seed: int) -> Tensor:
         direction = _signs(p, generator) * (p * (1 - p)).sqrt()
     else:
         p = _distribution(predictions, read.counted)
-        rows = p.view(-1, p.shape[-1])
-        drawn = _draw(rows, generator)
-        direction = rows.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=p.dtype)).view_as(p)
+        direction = p.sqrt() * _signs(p, generator)
+        direction -= p * direction.sum(-1, keepdim=True)
     return _where_counted(direction, read)
 
 
@@ -46,14 +45,6 @@ def divergence_slope(reference: Tensor, read: Readout) -> Tensor:
     else:
         slope = _distribution(predictions, read.counted).sub_(_distribution(reference, read.counted))
     return _where_counted(slope, read)
-
-
-def _draw(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one class a row [N, 1] by its cumulated probability; torch.multinomial draws a number for every class."""
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    cumulated = rows.cumsum(-1, dtype=wide)
-    point = torch.rand(rows.shape[0], 1, generator=generator, device=rows.device).to(wide) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, point, right=True).clamp_(max=rows.shape[1] - 1)
 
 
 def _distribution(logits: Tensor, counted: Tensor) -> Tensor:
@@ -82,7 +73,8 @@ def second_order_factor(kind: ReadoutKind) -> float:
 def spread_of_squares(read: Readout) -> float:
     """Return the variance, relative to its squared mean, of a square summed over a whole example: 2 for a normal sum.
 
-    It is 0 where an example has a single output whose direction is not drawn at all.
+    It is 0 where an example has a single logit, of which nothing is drawn, and small where it has one distribution.
     """
-    single = read.kind is ReadoutKind.BINARY and read.predictions.shape[1] == 1
-    return 0.0 if single else 2.0
+    if read.predictions.shape[1] > 1 or read.kind is ReadoutKind.VALUES:
+        return 2.0
+    return 0.0 if read.kind is ReadoutKind.BINARY else 0.5

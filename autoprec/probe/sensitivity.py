@@ -103,7 +103,9 @@ def _probe(
     old = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
     ambient = Format.FP16 if old else Format.BF16
     emulate = fp8_missing(device) is not None
-    survey = Survey(workload, profile, modules, formats, ambient, emulate, clock, seed, tell)
+    wide = {u.name: Format.FP32 for u in profile.units}
+    base = Plan.assign(profile, wide, ambient=ambient, mode=workload.mode)
+    survey = Survey(workload, profile, modules, formats, ambient, emulate, clock, seed, base, tell)
     try:
         with kept_state(model, weights=False), repeatable(model), plain_fp32(device.type):
             model.eval()
@@ -112,7 +114,7 @@ def _probe(
                 maxima = activation_maxima(workload, profile, modules, workload.batches[:1])
             numerics = _gradients(survey) if workload.mode is Mode.TRAIN else GradientNumerics((), None)
             findings = {f: Findings.of(survey, f) for f in formats}
-            around = _measure(survey, findings)
+            around = _measure(workload, survey, findings)
     except RuntimeError as error:
         raise MeasurementError(
             f"the FP32 reference cannot be probed: {first_line(error)}. Check that the model takes these batches; "
@@ -163,14 +165,12 @@ def _gradients(survey: Survey) -> GradientNumerics:
     )
 
 
-def _measure(survey: Survey, findings: dict[Format, Findings]) -> float:
+def _measure(workload: Workload, survey: Survey, findings: dict[Format, Findings]) -> float:
     """Run the model for the units that are least certain and matter most, and for those no gradient comes back to.
 
     Returns the drop of what the ambient format alone does: nought where all products are those of units.
     """
-    workload, clock, emulate = survey.workload, survey.clock, survey.emulate
-    wide = {u.name: Format.FP32 for u in survey.profile.units}
-    base = Plan.assign(survey.profile, wide, ambient=survey.ambient, mode=workload.mode)
+    base, clock, emulate = survey.base, survey.clock, survey.emulate
     first = measured_drops(workload.with_batches(workload.batches[:1]), [base], emulate=emulate)[0]
     around = first.value if first else 0.0
     if around > 0 and len(workload.batches) > 1 and (whole := measured_drops(workload, [base], emulate=emulate)[0]):

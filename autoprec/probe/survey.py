@@ -13,6 +13,8 @@ from torch import nn
 
 from autoprec.errors import MeasurementError
 from autoprec.formats import Format
+from autoprec.plan import Plan
+from autoprec.probe.batches import batch_tensors, joined
 from autoprec.probe.estimation import Scores, predict
 from autoprec.probe.passes import Clock, Tally, check_finite, first_bad_unit
 from autoprec.probe.readout import Readout
@@ -21,6 +23,7 @@ from autoprec.probe.sites import Site, find_sites
 from autoprec.probe.workload import Workload
 from autoprec.quantities import duration_text
 from autoprec.records import ModelProfile, Progress
+from autoprec.runtime.attach import applied
 
 __all__ = ["Survey"]
 
@@ -29,6 +32,8 @@ __all__ = ["Survey"]
 _SWEEPS, _FEW_UNITS, _SHARE = 3.0, 24, 0.11
 #: of the time allowed: passes end here, the rest is for direct measurements; and so much is for the second anchor
 _PASSES, _ANCHOR = 0.8, 0.15
+#: floating-point operations of a forward below which batches are put together
+_SMALL_WORK = 4e9
 #: a forward and the comparison of its output, over the forward; a pass over the first one, which checks every site
 _WITH_COMPARING, _UNCHECKED = 1.3, 0.85
 #: relative standard error of a typical unit below which no further pass is made
@@ -48,6 +53,7 @@ class Survey:
     emulate: bool
     clock: Clock
     seed: int
+    base: Plan  #: all units in FP32
     tell: Callable[[Progress], None]
     sites: list[Site] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
@@ -62,6 +68,7 @@ class Survey:
             MeasurementError: the reference is not finite, nothing counts, or the time is too short for one pass.
         """
         self._first_look()
+        self._join_small_batches()
         order = list(range(len(self.workload.batches)))
         random.Random(self.seed).shuffle(order)
         replayer, slowest = self._checked_pass(order[0])
@@ -94,7 +101,10 @@ class Survey:
             read = self._reference(0)
             step = time.monotonic() - begun
             check_finite(read, lambda: first_bad_unit(self.workload, self.workload.batches[0]), 0)
-        self.each_seconds = _WITH_COMPARING * step * len(self.workload.batches)
+            begun = time.monotonic()
+            with applied(self.workload.model, self.base):
+                apply = time.monotonic() - begun
+        self.each_seconds = (_WITH_COMPARING * step + apply) * len(self.workload.batches)
         least = step * (3 + 2 * len(self.formats))
         if self.clock.elapsed + least > self.clock.allowed:
             raise MeasurementError(
@@ -114,6 +124,25 @@ class Survey:
     def _reference(self, index: int) -> Readout:
         batch = self.workload.batches[index]
         return self.workload.readout(batch, self.workload.forward(batch))
+
+    def _join_small_batches(self) -> None:
+        """Replay small batches together: of a small model most of a pass is the interpreter's work, whatever its rows.
+
+        Not where an output depends on what else is in its batch, as in contrastive models.
+        """
+        batches = self.workload.batches
+        work = 2 * self.profile.parameters * max(self.workload.tokens(batches[0]), 1)
+        together = joined(batches, int(_SMALL_WORK / work * len(batch_tensors(batches[0])[0][1])))
+        if len(together) == len(batches):
+            return
+        with torch.no_grad():
+            alone = self._reference(0).predictions
+            among = self.workload.readout(together[0], self.workload.forward(together[0])).predictions
+        alike = alone.shape[1:] == among.shape[1:] and torch.allclose(
+            among[: len(alone)], alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max())
+        )
+        if alike:
+            self.workload = self.workload.with_batches(together)
 
     def _checked_pass(self, index: int) -> tuple[Replayer, float]:
         """Make the first pass, which replays each site as it ran, too; what keeps state is taken apart, or left out."""

@@ -43,7 +43,7 @@ class UnitDrop:
     sampling_error: float | None
     #: what the second anchor says: what taking the unit out of the all-low run would save; None where it was not run
     marginal: float | None
-    #: predicted drop of each batch that was replayed, in the order of the batches
+    #: predicted drop of each batch that was replayed, in their order; of small models batches are replayed together
     by_batch: tuple[float, ...]
     reason: str
 
