@@ -12,10 +12,10 @@ DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast real nightly gpu bench models clean
+.PHONY: help demo test lint types fast real nightly gpu bench bench-sensitivity models clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-12s", $$2; $$1 = $$2 = ""; print $$0}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-18s", $$2; $$1 = $$2 = ""; print $$0}'
 
 demo: $(DEMO_READY) ## search the shipped demo model for $(BUDGET) and print the front
 	$(BIN)/autoprec search demo --budget $(BUDGET)
@@ -44,6 +44,9 @@ gpu: $(TEST_READY) ## the tests that need a CUDA device
 
 bench: $(TEST_READY) ## run the benchmarks and write benchmarks/results/
 	@set -e; for script in $(BENCHMARKS); do echo "$(BIN)/python $$script"; $(BIN)/python $$script; done
+
+bench-sensitivity: models ## predicted drops against the recorded true ones, and the predicted front; half an hour
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench_sensitivity.py
 
 models: $(TEST_READY) ## prepare the trained models and texts of the real tests
 	$(BIN)/python benchmarks/models.py

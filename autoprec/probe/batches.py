@@ -26,6 +26,8 @@ __all__ = [
     "check_batches",
     "describe_batch",
     "joined",
+    "picked",
+    "separable",
 ]
 
 Batch: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -185,6 +187,20 @@ def joined(batches: Sequence[Batch], rows: int) -> tuple[Batch, ...]:
         else:
             found.append([batch])
     return tuple(_concatenated(group) for group in found)
+
+
+def picked(batch: Batch, rows: Tensor) -> Batch:
+    """Return some examples of a batch whose tensors all have one row an example (`separable`)."""
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, Mapping):
+        return {key: value[rows] for key, value in batch.items()}
+    return tuple(value[rows] for value in batch)
+
+
+def separable(batch: Batch) -> bool:
+    """Say whether a batch is nothing but tensors with one row an example."""
+    return _shape(batch) is not None
 
 
 def _shape(batch: Batch) -> object | None:

@@ -29,6 +29,8 @@ Array = npt.NDArray[np.float64]
 _ROLE_SPREAD, _UNIT_SPREAD = 0.2, 0.1
 #: prior standard deviation of log(true / estimate) that no sampling explains, and the units it is worth (SmolLM2: 0.1)
 _MODEL_ERROR, _MODEL_WEIGHT = 0.12, 6
+#: variance of log ρ where nothing is drawn
+_LEAST_NOISE = 1e-4
 #: spreads of log ρ that are weighed against each other
 _GRID = np.geomspace(_UNIT_SPREAD, 2.0, 25)
 
@@ -87,32 +89,33 @@ def predict(scores: Mapping[str, Scores]) -> dict[str, Prediction]:
 
 
 def _sampling_error(score: Scores) -> float:
-    """Return the relative standard error of Σ squares / Σ weights over examples, and over labels where they are few."""
-    total = float(score.squares.sum())
-    labels = math.sqrt(score.fourths) / total
+    """Return the relative standard error of the mean over examples, and over directions where examples are few.
+
+    Where nothing is drawn, wholes are what the estimate rests on.
+    """
+    effects = score.squares if score.spread > 0 else score.wholes
+    total = float(effects.sum())
     used = score.weights > 0
     count = int(used.sum())
-    if count < 2:
+    labels = math.sqrt(score.fourths) / float(score.squares.sum()) if score.spread > 0 else 0.0
+    if count < 2 or total <= 0:
         return max(labels, 0.3)  # one example tells nothing of others
-    residual = score.squares - total / score.weights.sum() * score.weights
+    residual = effects - total / score.weights.sum() * score.weights
     return max(labels, math.sqrt(count / (count - 1) * float((residual**2).sum())) / total)
 
 
 def _log_ratio(score: Scores) -> tuple[float, float]:
-    """Return log(Σ wholes / Σ squares), corrected for the bias of a logarithm, and its variance."""
-    squares, wholes = score.squares.sum(), score.wholes.sum()
-    used = score.weights > 0
-    count = int(used.sum())
+    """Return log(Σ wholes / Σ squares), corrected for the bias of a logarithm, and the variance that drawing gives it.
+
+    How the ratio varies from example to example is no noise: what is asked for is the mean over them.
+    """
+    squares, wholes = float(score.squares.sum()), float(score.wholes.sum())
     # the effective number of examples: one may carry all
-    effective = squares**2 / max(float((score.squares[used] ** 2).sum()), 1e-300)
-    theory = score.spread / max(effective * score.draws, 1.0)
+    effective = squares**2 / max(float((score.squares**2).sum()), 1e-300)
+    variance = score.spread / max(effective * score.draws, 1.0) + _LEAST_NOISE
     if wholes <= 0:
-        return 0.0, max(theory, 4.0)
-    ratio = wholes / squares
-    residual = score.wholes - ratio * score.squares
-    seen = count / (count - 1) * float((residual**2).sum()) / wholes**2 if count > 1 else 1.0
-    variance = max(theory, min(seen, 4.0)) + 1e-6
-    return math.log(ratio) + min(variance, 2.0) / 2, variance
+        return 0.0, max(variance, 4.0)
+    return math.log(wholes / squares) + min(variance, 2.0) / 2, variance
 
 
 def _shrink(logs: Array, noise: Array) -> tuple[Array, Array]:

@@ -185,7 +185,7 @@ def _compare_anchors(rows: Mapping[str, Finding], tally: Tally, choice: Format) 
         squares = tally.squares[row.unit, choice]
         here = sum(float(squares[i].sum()) / tally.draws[i] for i in slopes if i in squares) / weight
         everywhere = sum(float(s.sum()) for s in squares.values()) / sum(
-            float(tally.comparisons[i].weight.sum()) * n for i, n in tally.draws.items()
+            float(tally.weights[i].sum()) * n for i, n in tally.draws.items()
         )
         own = here * row.prediction.value / everywhere
         slope = sum(slopes.values()) / weight

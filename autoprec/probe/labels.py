@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoprec.probe.readout import Readout, ReadoutKind
 
-__all__ = ["divergence_slope", "draw_direction", "second_order_factor", "spread_of_squares"]
+__all__ = ["curvature", "divergence_slope", "draw_direction", "second_order_factor", "spread_of_squares"]
 
 
 def draw_direction(read: Readout, seed: int) -> Tensor:
@@ -30,6 +30,17 @@ def draw_direction(read: Readout, seed: int) -> Tensor:
         direction = p.sqrt() * _signs(p, generator)
         direction -= p * direction.sum(-1, keepdim=True)
     return _where_counted(direction, read)
+
+
+def curvature(read: Readout) -> Tensor:
+    """Return the trace of the drop's Hessian at each position [B, P]."""
+    if read.kind is ReadoutKind.VALUES:
+        return read.counted.float() * read.predictions.shape[-1]
+    if read.kind is ReadoutKind.BINARY:
+        p = read.predictions.detach().float().sigmoid()
+        return torch.where(read.counted, (p * (1 - p))[..., 0], 0.0)
+    p = _distribution(read.predictions.detach(), read.counted)
+    return torch.where(read.counted, 1 - p.square().sum(-1), 0.0)
 
 
 def divergence_slope(reference: Tensor, read: Readout) -> Tensor:

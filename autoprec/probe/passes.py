@@ -32,6 +32,11 @@ class Tally:
     squares: dict[Key, dict[int, Array]] = field(default_factory=dict)
     wholes: dict[Key, dict[int, Array]] = field(default_factory=dict)
     fourths: dict[Key, float] = field(default_factory=dict)
+    #: counted positions (or squared values) of each example of the batches replayed
+    weights: dict[int, Array] = field(default_factory=dict)
+    #: what an example of a batch stands for, where not all are replayed
+    stands_for: dict[int, Array] = field(default_factory=dict)
+    #: loss and entropy of the reference
     comparisons: dict[int, Comparison] = field(default_factory=dict)
     draws: dict[int, int] = field(default_factory=dict)
     slopes: dict[Key, dict[int, float]] = field(default_factory=dict)
@@ -58,17 +63,21 @@ class Tally:
             check=check,
         )
         self.kind, self.factor, self.spread = read.kind, second_order_factor(read.kind), spread_of_squares(read)
-        if index not in self.comparisons:
+        if number == 0:
+            self.positions += int(read.counted.sum())
+        if index not in self.weights:
             own = _detached(read)
             self.comparisons[index] = compare(own, own)
-            self.positions += int(read.counted.sum())
+            self.weights[index] = self.comparisons[index].weight
         self.draws[index] = number + 1
         self.passes += 1
         self._note(effects, index)
         for key, squares in effects.squares.items():
-            _add(self.squares, key, index, self.factor * squares.numpy())
-            _add(self.wholes, key, index, self.factor * effects.wholes[key].square().numpy())
-            self.fourths[key] = self.fourths.get(key, 0.0) + self.factor**2 * effects.fourths[key]
+            times = self.factor * self.stands_for.get(index, np.ones(len(squares)))
+            _add(self.squares, key, index, times * squares.numpy())
+            _add(self.wholes, key, index, times * effects.wholes[key].square().numpy())
+            fourth = float((times**2 * effects.fourths[key].numpy()).sum())
+            self.fourths[key] = self.fourths.get(key, 0.0) + fourth
 
     def slope(self, replayer: Replayer, workload: Workload, index: int, choice: Format) -> None:
         """Run one batch at the low anchor of a format and add the slope of the drop along every unit's error."""
@@ -78,7 +87,8 @@ class Tally:
         effects, _ = replayer.run(batch, [choice], lambda read: divergence_slope(reference, read), anchor=choice)
         self._note(effects, index)
         for key, whole in effects.wholes.items():
-            self.slopes.setdefault(key, {})[index] = float(whole.sum())
+            times = self.stands_for.get(index, np.ones(len(whole)))
+            self.slopes.setdefault(key, {})[index] = float((times * whole.numpy()).sum())
 
     def _note(self, effects: Effects, index: int) -> None:
         self.ran |= effects.ran
@@ -90,7 +100,7 @@ class Tally:
     def scores(self, choice: Format, roles: Mapping[str, str]) -> dict[str, Scores]:
         """Return the scores of all units replayed in a format, without those it made infinite."""
         order = sorted(self.draws)
-        weights = np.concatenate([self.comparisons[i].weight * self.draws[i] for i in order]) if order else np.empty(0)
+        weights = np.concatenate([self.weights[i] * self.draws[i] for i in order]) if order else np.empty(0)
         draws = float(np.mean([self.draws[i] for i in order])) if order else 0.0
         found = {}
         for (unit, own), by_batch in self.squares.items():
@@ -108,20 +118,20 @@ class Tally:
 
     def _of(self, by_batch: Mapping[int, Array], index: int) -> Array:
         """Return a unit's sums of a batch; where it did not run there, nought."""
-        return by_batch.get(index, np.zeros_like(self.comparisons[index].weight))
+        return by_batch.get(index, np.zeros_like(self.weights[index]))
 
     def by_batch(self, key: Key) -> tuple[float, ...]:
         """Return a unit's mean square, as a drop, of each batch that was replayed."""
         return tuple(
-            float(self._of(self.squares[key], i).sum() / (self.comparisons[i].weight.sum() * self.draws[i]))
-            if self.comparisons[i].weight.sum() > 0
+            float(self._of(self.squares[key], i).sum() / (self.weights[i].sum() * self.draws[i]))
+            if self.weights[i].sum() > 0
             else 0.0
             for i in sorted(self.draws)
         )
 
     def weight(self, batches: Iterable[int]) -> float:
         """Return the counted positions (or squared values) of some batches."""
-        return float(sum(self.comparisons[i].weight.sum() for i in batches))
+        return float(sum(self.weights[i].sum() for i in batches))
 
 
 def _add(sums: dict[Key, dict[int, Array]], key: Key, index: int, value: Array) -> None:

@@ -45,8 +45,8 @@ class Effects:
 
     squares: dict[Key, Tensor] = field(default_factory=dict)
     wholes: dict[Key, Tensor] = field(default_factory=dict)
-    #: sum of a⁴ over everything: how few positions carry the squares
-    fourths: dict[Key, float] = field(default_factory=dict)
+    #: sums of a⁴: how few positions carry the squares
+    fourths: dict[Key, Tensor] = field(default_factory=dict)
     lost: set[Key] = field(default_factory=set)
     #: units whose sites ran, and those the gradient came back to
     ran: set[str] = field(default_factory=set)
@@ -261,12 +261,12 @@ def _sum_up(effects: Effects, sums: Mapping[Key, Mapping[tuple[int, ...], Tensor
     for key, by_shape in sums.items():
         squares = torch.zeros(examples, dtype=torch.float64)
         whole = torch.zeros(examples, dtype=torch.float64)
-        fourth = 0.0
+        fourth = torch.zeros(examples, dtype=torch.float64)
         for effect in by_shape.values():
             rows = _rows(effect.cpu(), examples)
             square = rows.square()
             squares += square.sum(1)
-            fourth += float(square.square().sum())
+            fourth += square.square().sum(1)
             whole += rows.sum(1)
         effects.squares[key], effects.wholes[key], effects.fourths[key] = squares, whole, fourth
 

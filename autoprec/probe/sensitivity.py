@@ -128,7 +128,7 @@ def _probe(
             findings[f].drops(survey, emulated=emulate and f is Format.FP8, weight_errors=errors[f]), survey
         )
     ]
-    kind, parts = survey.tally.kind, list(survey.tally.comparisons.values())
+    kind, parts = survey.tally.kind, survey.reference or list(survey.tally.comparisons.values())
     summary = summarise(kind, parts)
     scale = max(summary.reference_loss or 0.0, summary.reference_entropy or 0.0) or 1.0
     return SensitivityProfile(

@@ -1,14 +1,15 @@
 """Where a unit's error can be seen: its sites, and what puts each of them into another format for a while.
 
 A site is the module that holds a whole unit, as the runtime's scope does (a block's attention, with the scaled dot
-product and the casts between its layers), or, where a unit stands loosely among others, one of its layers. Replaying
-a whole unit sees everything that its format changes inside it; layer by layer only what each does to its own result.
+product and the casts between its layers), or the block around it where its layers stand loosely among others, which
+stay in FP32. Replaying a whole unit sees everything that its format changes inside it; where no module holds it, its
+layers are sites of their own, and show only what each does to its own result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,16 +17,20 @@ from torch import nn
 
 from autoprec.formats import Format
 from autoprec.plan import Plan, PlanUnit
-from autoprec.records import ModelProfile
-from autoprec.runtime.layout import Swap, holders, swaps_of_units
+from autoprec.records import ModelProfile, Role
+from autoprec.runtime.layout import Swap, common_path, holders, swaps_of_units
 from autoprec.runtime.scope import enter_scope, leave_scope
 
-__all__ = ["Site", "find_sites", "in_format", "leaves_apart"]
+__all__ = ["Site", "find_sites", "in_format"]
+
+
+#: units in a block that is replayed for one of them; more would make a unit cost as much as a model
+_MOST_IN_BLOCK = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A module whose output carries a unit's error; `swaps` are by format. `whole`: it is the unit's own container."""
+    """A module whose output carries a unit's error; `swaps` are by format. `whole`: it holds all of its unit."""
 
     unit: str
     path: str
@@ -55,8 +60,14 @@ def find_sites(
     wide = {u.name: Format.FP32 for u in profile.units}
     plan = Plan.assign(profile, wide, ambient=ambient, fp8_recipe="tensorwise", mode="infer")
     containers = holders(plan, modules)
-    paths = {unit.name: path for path, unit in containers.items() if unit.name not in apart}
-    below = _below(plan, containers)
+    paths = {unit.name: path for path, unit in containers.items()}
+    around = {u.name: common_path(u.modules) for u in plan.units if len(u.modules) > 1 and u.role is not Role.EMBEDDING}
+    below = _below(plan, {*containers, *around.values()})
+    for name, path in around.items():
+        called = type(modules[path]).forward is not nn.Module.forward
+        if path and called and len(below[path]) <= _MOST_IN_BLOCK:
+            paths.setdefault(name, path)
+    paths = {name: path for name, path in paths.items() if name not in apart}
     sites = []
     for given, unit in zip(profile.units, plan.units, strict=True):
         whole = unit.name in paths
@@ -71,13 +82,8 @@ def find_sites(
     return sites
 
 
-def leaves_apart(sites: Sequence[Site], paths: Sequence[str]) -> frozenset[str]:
-    """Return the units of the sites at `paths`, to be seen layer by layer from now on."""
-    return frozenset(site.unit for site in sites if site.path in paths)
-
-
-def _below(plan: Plan, containers: Mapping[str, PlanUnit]) -> dict[str, list[PlanUnit]]:
-    """Return for each container the units that have a layer in it, without asking every pair of them."""
+def _below(plan: Plan, containers: Collection[str]) -> dict[str, list[PlanUnit]]:
+    """Return for each module of some the units that have a layer in it, without asking every pair of them."""
     found: dict[str, list[PlanUnit]] = {path: [] for path in containers}
     for unit in plan.units:
         homes: dict[str, None] = {}

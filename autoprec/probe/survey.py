@@ -7,18 +7,23 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from autoprec.errors import MeasurementError
 from autoprec.formats import Format
 from autoprec.plan import Plan
-from autoprec.probe.batches import batch_tensors, joined
+from autoprec.probe.batches import Batch, batch_tensors, joined, separable
+from autoprec.probe.compare import Comparison, compare
 from autoprec.probe.estimation import Scores, predict
 from autoprec.probe.passes import Clock, Tally, check_finite, first_bad_unit
 from autoprec.probe.readout import Readout
 from autoprec.probe.replay import Replayer
+from autoprec.probe.selection import has_one_output, select
 from autoprec.probe.sites import Site, find_sites
 from autoprec.probe.workload import Workload
 from autoprec.quantities import duration_text
@@ -27,17 +32,21 @@ from autoprec.runtime.attach import applied
 
 __all__ = ["Survey"]
 
+Array = npt.NDArray[np.float64]
+
 #: allowed by default: what so many passes over all batches take, so that a deep model costs no more for each unit than
 #: a shallow one; of few units, no more than a share of what measuring them one by one would take
-_SWEEPS, _FEW_UNITS, _SHARE = 3.0, 24, 0.11
+_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.1
 #: of the time allowed: passes end here, the rest is for direct measurements; and so much is for the second anchor
-_PASSES, _ANCHOR = 0.8, 0.15
+_PASSES, _ANCHOR = 0.85, 0.1
 #: floating-point operations of a forward below which batches are put together
 _SMALL_WORK = 4e9
 #: a forward and the comparison of its output, over the forward; a pass over the first one, which checks every site
 _WITH_COMPARING, _UNCHECKED = 1.3, 0.85
 #: relative standard error of a typical unit below which no further pass is made
 _ENOUGH = 0.04
+#: of a classifier: below this a selection says too little
+_FEWEST_EXAMPLES = 16
 _NOTHING_COUNTS = "no position counts: every label is -100 or masked. Give batches with labels to predict."
 
 
@@ -58,8 +67,15 @@ class Survey:
     sites: list[Site] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     notes: list[str] = field(default_factory=list)
+    #: where not all examples are replayed: of each batch what they stand for, and their weights
+    chosen: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    #: loss and entropy of batches that were only run, not replayed
+    reference: list[Comparison] = field(default_factory=list)
     #: what one unit in one format would take, measured directly on all batches
     each_seconds: float = 0.0
+    step_seconds: float = 0.0
+    #: whether an example has one output and can be replayed without the others of its batch
+    one_output: bool = False
 
     def run(self) -> None:
         """Look, pass over the batches once, take the second anchor, and go on until it is enough.
@@ -68,7 +84,8 @@ class Survey:
             MeasurementError: the reference is not finite, nothing counts, or the time is too short for one pass.
         """
         self._first_look()
-        self._join_small_batches()
+        if not self._select_examples():
+            self._join_small_batches()
         order = list(range(len(self.workload.batches)))
         random.Random(self.seed).shuffle(order)
         replayer, slowest = self._checked_pass(order[0])
@@ -78,9 +95,9 @@ class Survey:
         self._second_anchor(replayer, [i for i in order if i in self.tally.draws], slowest)
         while self.clock.fits(slowest, _PASSES) and not self._is_enough():
             self._sweep(replayer, order, slowest, _PASSES)
-        if not any(part.weight.sum() > 0 for part in self.tally.comparisons.values()):
+        if not any(weight.sum() > 0 for weight in self.tally.weights.values()):
             raise MeasurementError(_NOTHING_COUNTS)
-        if len(self.tally.draws) < len(order):
+        if len(self.tally.draws) < len(order) and not self.chosen:
             self.notes.append(f"{len(self.tally.draws)} of {len(order)} batches were replayed in the time allowed")
 
     def scores(self, choice: Format) -> dict[str, Scores]:
@@ -100,11 +117,13 @@ class Survey:
             begun = time.monotonic()
             read = self._reference(0)
             step = time.monotonic() - begun
-            check_finite(read, lambda: first_bad_unit(self.workload, self.workload.batches[0]), 0)
+            check_finite(read, partial(first_bad_unit, self.workload, self.workload.batches[0]), 0)
             begun = time.monotonic()
             with applied(self.workload.model, self.base):
                 apply = time.monotonic() - begun
+        self.step_seconds = step
         self.each_seconds = (_WITH_COMPARING * step + apply) * len(self.workload.batches)
+        self.one_output = has_one_output(read) and all(map(separable, self.workload.batches))
         least = step * (3 + 2 * len(self.formats))
         if self.clock.elapsed + least > self.clock.allowed:
             raise MeasurementError(
@@ -116,14 +135,52 @@ class Survey:
     def _allowance(self, checked: float) -> float:
         """Return the seconds allowed from the start on, given what the first pass took, which checks every site."""
         total = _SWEEPS * _UNCHECKED * checked * len(self.workload.batches)
-        if len(self.profile.units) < _FEW_UNITS:
-            pairs = sum(len([f for f in self.formats if f in u.formats]) for u in self.profile.units)
-            total = min(total, _SHARE * pairs * self.each_seconds)
+        if self._share() < math.inf:
+            return max(min(self._share(), self.clock.elapsed - checked + total), self.clock.elapsed)
         return self.clock.elapsed - checked + total
+
+    def _share(self) -> float:
+        """Return what models of few units may take in all: a share of what measuring one by one would."""
+        if len(self.profile.units) >= _FEW_UNITS:
+            return math.inf
+        pairs = sum(len([f for f in self.formats if f in u.formats]) for u in self.profile.units)
+        return _SHARE * pairs * self.each_seconds
 
     def _reference(self, index: int) -> Readout:
         batch = self.workload.batches[index]
         return self.workload.readout(batch, self.workload.forward(batch))
+
+    def _select_examples(self) -> bool:
+        """Where there is no time to replay all examples of a classifier, choose those that matter; say whether."""
+        if not self.one_output:
+            return False
+        batches = self.workload.batches
+        count = sum(_examples(batch) for batch in batches)
+        allowed = min(self.clock.allowed, self._share())
+        if math.isinf(allowed):
+            return False
+        left = _PASSES * allowed - self.clock.elapsed - len(batches) * self.step_seconds
+        # a forward, a backward, and a replay in each format, which of an emulated one takes two forwards
+        each = self.step_seconds * (2 + 1.5 * len(self.formats)) * len(batches) / count
+        fitting = int(left / each)
+        if fitting >= count:
+            return False
+        with torch.no_grad():
+            reads = [self._reference(index) for index in range(len(batches))]
+        for index, read in enumerate(reads):
+            check_finite(read, partial(first_bad_unit, self.workload, batches[index]), index)
+        parts = {index: compare(read, read) for index, read in enumerate(reads)}
+        chosen = select(batches, reads, max(fitting, min(_FEWEST_EXAMPLES, count)), self.seed)
+        self.reference = list(parts.values())
+        self.workload = self.workload.with_batches(chosen.batches)
+        self._join_small_batches()
+        ends = np.cumsum([_examples(batch) for batch in self.workload.batches])
+        stands_for = np.split(np.concatenate(chosen.stands_for), ends[:-1])
+        # each counts alike in the mean: what it stands for is in its effect
+        even = count / float(ends[-1])
+        self.chosen = {i: (s, np.full(len(s), even)) for i, s in enumerate(stands_for)}
+        self.notes.append(f"of {count} examples {ends[-1]} were replayed, drawn by the curvature at their output")
+        return True
 
     def _join_small_batches(self) -> None:
         """Replay small batches together: of a small model most of a pass is the interpreter's work, whatever its rows.
@@ -147,6 +204,7 @@ class Survey:
     def _checked_pass(self, index: int) -> tuple[Replayer, float]:
         """Make the first pass, which replays each site as it ran, too; what keeps state is taken apart, or left out."""
         apart: frozenset[str] = frozenset()
+        self.tally = self._new_tally()
         while True:
             self.sites = find_sites(
                 self.profile, self.modules, self.formats, self.ambient, emulated=self.emulate, apart=apart
@@ -159,13 +217,19 @@ class Survey:
             if not whole:
                 break
             apart |= whole
-            self.tally = Tally()
+            self.tally = self._new_tally()
         if apart:
             self.notes.append(f"replayed layer by layer, since they keep state between calls: {_few(sorted(apart))}")
         if self.tally.restless:
             self.sites = [s for s in self.sites if s.path not in self.tally.restless]
             replayer = Replayer(self.workload, self.sites, self.modules, self.ambient)
         return replayer, took
+
+    def _new_tally(self) -> Tally:
+        tally = Tally()
+        tally.stands_for |= {i: s for i, (s, _) in self.chosen.items()}
+        tally.weights |= {i: w for i, (_, w) in self.chosen.items()}
+        return tally
 
     def _sweep(self, replayer: Replayer, order: Sequence[int], slowest: float, share: float) -> float:
         """Draw each batch once more, as long as there is time; return what the slowest took."""
@@ -192,12 +256,18 @@ class Survey:
         self._say("second anchor")
 
     def _is_enough(self) -> bool:
+        if self.tally.spread == 0.0:
+            return True  # nothing is drawn, so another pass would give the same
         errors = sorted(p.sampling for f in self.formats for p in predict(self.scores(f)).values() if p.value > 0)
         return not errors or errors[len(errors) // 2] < _ENOUGH
 
     def _say(self, message: str) -> None:
         left = max(self.clock.allowed - self.clock.elapsed, 0.0)
         self.tell(Progress(stage="probe", message=message, elapsed_seconds=self.clock.elapsed, eta_seconds=left))
+
+
+def _examples(batch: Batch) -> int:
+    return int(batch_tensors(batch)[0][1].shape[0])
 
 
 def _few(names: Sequence[str], most: int = 4) -> str:

@@ -34,7 +34,7 @@ from autoprec.runtime.scope import (
     UnitScope,
 )
 
-__all__ = ["Swap", "holders", "holds_experts", "is_packed", "swaps_of", "swaps_of_units"]
+__all__ = ["Swap", "common_path", "holders", "holds_experts", "is_packed", "swaps_of", "swaps_of_units"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def _unit_swaps(
     uniform: bool,
 ) -> Iterator[Swap]:
     """Yield the leaf scopes of a unit: those whose surroundings do not give the unit's format."""
-    held = containers.get(_common(unit.modules)) is unit
+    held = containers.get(common_path(unit.modules)) is unit
     foreign = plan.stream is Format.FP32 and _handed_on(plan, unit) is not None
     for name in unit.modules:
         leaf = modules[name]
@@ -180,7 +180,7 @@ def holders(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, PlanUnit]
     for unit in plan.units:
         if len(unit.modules) < 2 or unit.format is Format.FP8 or unit.role is Role.EMBEDDING:
             continue
-        path = _common(unit.modules)
+        path = common_path(unit.modules)
         rivals = [o for o in owners[path] if o is not unit]
         if unit.role is Role.ATTENTION:
             rivals = [o for o in rivals if o.role not in (Role.FFN, Role.OTHER)]
@@ -212,7 +212,8 @@ def _ancestors(path: str, *, itself: bool = True) -> Iterator[str]:
         yield path
 
 
-def _common(paths: tuple[str, ...]) -> str:
+def common_path(paths: tuple[str, ...]) -> str:
+    """Return the path of the innermost module that several are in, '' for the root."""
     split = [path.split(".") for path in paths]
     shared = []
     for parts in zip(*split, strict=False):
