@@ -84,7 +84,7 @@ def rivals(workload: Workload) -> dict[str, Drops]:
         for index, batch in enumerate(workload.batches):
             diagonal.run(batch, formats, lambda read, index=index: label_gradient(read, index))
             for _ in range(2):
-                tally.draw(layers, workload, index, formats, 0, False)
+                tally.draw(layers, workload, index, formats, 0)
     roles = {u.name: str(u.role) for u in profile.units}
     by_layer = {f"{f} {u}": p.value for f in formats for u, p in predict(tally.scores(f, roles)).items()}
     return {"diagonal": diagonal.scores, "by layer": by_layer}

@@ -113,7 +113,8 @@ def test_a_long_chain_comes_near_its_bound() -> None:
     front = predicted_front(random_units(300), border_ms=0.1)
     assert not front.exact
     gaps = [t / front.least_ms(d) - 1 for t, d in zip(front.time_ms, front.drop, strict=True)]
-    assert max(gaps) < 0.01
+    # between two corners of the hull the bound runs straight, and no assignment may lie there
+    assert max(gaps) < 0.02
     assert np.all(np.diff(front.time_ms) > 0) and np.all(np.diff(front.drop) < 0)
     fastest = front.within(float(front.drop[len(front) // 2]))
     assert fastest == len(front) // 2

@@ -31,7 +31,7 @@ __all__ = ["command"]
 @device_option
 @json_option
 def command(model: str | None, device: str, trust_remote_code: bool, as_json: bool, **workload: Any) -> None:
-    """Measure what this device does, and how sensitive each layer of a model is.
+    """Measure this device and each layer's sensitivity.
 
     MODEL is a Hugging Face id or local folder, 'demo', or file.py:function
     returning a Workload or nn.Module. Each of its units is listed with the

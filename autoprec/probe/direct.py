@@ -12,6 +12,7 @@ import torch
 from autoprec.formats import Format, Fp8Recipe, layout
 from autoprec.plan import Plan
 from autoprec.probe.compare import Comparison, Ratio, compare, summarise
+from autoprec.probe.pairs import one_example
 from autoprec.probe.passes import Clock
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.workload import Workload
@@ -19,7 +20,7 @@ from autoprec.records import ModelProfile
 from autoprec.runtime.attach import applied
 from autoprec.runtime.emulate import fp8_quantize, round_to
 
-__all__ = ["Group", "halved", "measured_drops", "weight_errors"]
+__all__ = ["Group", "halved", "measured_drops", "one_example_of", "weight_errors"]
 
 
 def measured_drops(workload: Workload, plans: Sequence[Plan], *, emulate: bool) -> list[Ratio | None]:
@@ -41,6 +42,11 @@ def measured_drops(workload: Workload, plans: Sequence[Plan], *, emulate: bool) 
     return [summarise(kind, own).drop if all(part.finite for part in own) else None for own in parts]
 
 
+def one_example_of(workload: Workload) -> Workload:
+    """Return the workload on one example: enough to see whether something has any effect."""
+    return workload.with_batches([one_example(workload.batches[0])])
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Units measured together in one format; `drop` None where their output was not finite."""
@@ -58,8 +64,8 @@ def halved(
         base: the plan with all units in FP32.
         units: in order of their weights' rounding error, so that a half holds what is alike.
     """
-    # a pooler whose result nobody asked for: one batch tells
-    first = _group(workload.with_batches(workload.batches[:1]), base, tuple(units), choice, emulate)
+    # a pooler whose result nobody asked for: one example tells
+    first = _group(one_example_of(workload), base, tuple(units), choice, emulate)
     if first.drop is not None and first.drop.value == 0.0:
         return [first]
     groups = [_group(workload, base, tuple(units), choice, emulate)]

@@ -7,7 +7,8 @@ unit's error does to the gradients of other units, through what it hands on, is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,18 +24,16 @@ from autoprec.probe.sites import Site, in_format
 from autoprec.probe.workload import Workload
 from autoprec.records import ModelProfile, UnitNumerics
 
-__all__ = ["GradientNumerics", "activation_maxima", "gradient_numerics"]
+__all__ = ["GradientNumerics", "gradient_numerics", "watched"]
 
 #: room left above the largest gradient seen: other batches have larger ones
 _HEADROOM = 8.0
 _LARGEST_SCALE = 2.0**24
 
 
-def activation_maxima(
-    workload: Workload, profile: ModelProfile, modules: Mapping[str, nn.Module], batches: Sequence[Batch]
-) -> dict[str, float]:
-    """Return the largest |value| that goes into or comes out of any layer of each unit that ran."""
-    largest: dict[str, float] = {}
+@contextmanager
+def watched(profile: ModelProfile, modules: Mapping[str, nn.Module], largest: dict[str, float]) -> Iterator[None]:
+    """Note for each unit the largest |value| that goes into or comes out of any of its layers, within a block."""
 
     def look(unit: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -50,13 +49,10 @@ def activation_maxima(
         for name in unit.modules
     ]
     try:
-        with torch.no_grad():
-            for batch in batches:
-                workload.forward(batch)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return largest
 
 
 @dataclass(slots=True)

@@ -43,7 +43,6 @@ class Tally:
     lost: dict[Key, int] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
-    restless: set[str] = field(default_factory=set)
     kind: ReadoutKind = ReadoutKind.LOGITS
     factor: float = 0.5
     spread: float = 2.0
@@ -51,16 +50,13 @@ class Tally:
     #: counted, of the batches seen
     positions: int = 0
 
-    def draw(
-        self, replayer: Replayer, workload: Workload, index: int, formats: Sequence[Format], seed: int, check: bool
-    ) -> None:
+    def draw(self, replayer: Replayer, workload: Workload, index: int, formats: Sequence[Format], seed: int) -> None:
         """Run one batch of the reference with fresh labels and add what it gives."""
         batch, number = workload.batches[index], self.draws.get(index, 0)
         effects, read = replayer.run(
             batch,
             formats,
             lambda read: _checked_direction(read, workload, batch, index, seed + 1_000_003 * number + index),
-            check=check,
         )
         self.kind, self.factor, self.spread = read.kind, second_order_factor(read.kind), spread_of_squares(read)
         if number == 0:
@@ -93,7 +89,6 @@ class Tally:
     def _note(self, effects: Effects, index: int) -> None:
         self.ran |= effects.ran
         self.reached |= effects.reached
-        self.restless |= effects.restless
         for key in effects.lost:
             self.lost.setdefault(key, index)
 

@@ -26,6 +26,7 @@ from autoprec.probe.batches import Batch
 from autoprec.probe.readout import Readout
 from autoprec.probe.sites import Site, in_format
 from autoprec.probe.workload import Workload
+from autoprec.runtime.switches import FAST_ATTENTION_OFF
 
 __all__ = ["Effects", "Key", "Replayer", "floats", "frozen", "repeatable"]
 
@@ -301,7 +302,8 @@ def repeatable(model: nn.Module) -> Iterator[None]:
     """Let every module give the same when it runs again, for the length of a block.
 
     Models of Transformers keep no keys and values: a block replayed would find its own in the cache. Packed layers of
-    bitsandbytes do not repack their weights for a CPU kernel that has no backward, which nothing would undo.
+    bitsandbytes do not repack their weights for a CPU kernel that has no backward, which nothing would undo. PyTorch's
+    encoder layers do not take their fast path without gradients, on which no scope runs.
     """
     undo: list[tuple[Any, str, Any]] = []
     for module in model.modules():
@@ -310,7 +312,8 @@ def repeatable(model: nn.Module) -> Iterator[None]:
                 undo.append((owner, name, getattr(owner, name)))
                 setattr(owner, name, False)
     try:
-        yield
+        with FAST_ATTENTION_OFF:
+            yield
     finally:
         for owner, name, value in undo:
             setattr(owner, name, value)

@@ -22,9 +22,9 @@ from autoprec.errors import MeasurementError, UsageError, first_line
 from autoprec.formats import Format
 from autoprec.plan import Plan
 from autoprec.probe.compare import summarise
-from autoprec.probe.direct import halved, measured_drops, weight_errors
+from autoprec.probe.direct import halved, measured_drops, one_example_of, weight_errors
 from autoprec.probe.findings import Finding, Findings, vetoes_of
-from autoprec.probe.numerics import GradientNumerics, activation_maxima, gradient_numerics
+from autoprec.probe.numerics import GradientNumerics, gradient_numerics
 from autoprec.probe.passes import Clock
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.replay import frozen, repeatable
@@ -111,7 +111,6 @@ def _probe(
             model.eval()
             with frozen(model):
                 survey.run()
-                maxima = activation_maxima(workload, profile, modules, workload.batches[:1])
             numerics = _gradients(survey) if workload.mode is Mode.TRAIN else GradientNumerics((), None)
             findings = {f: Findings.of(survey, f) for f in formats}
             around = _measure(workload, survey, findings)
@@ -145,9 +144,9 @@ def _probe(
         ambient_drop=around,
         replayed_positions=survey.tally.positions,
         drops=tuple(drops),
-        activation_max=maxima,
+        activation_max=survey.activation_max,
         numerics=numerics.rows,
-        vetoes=tuple(vetoes_of(profile, formats, survey.tally, maxima)),
+        vetoes=tuple(vetoes_of(profile, formats, survey.tally, survey.activation_max)),
         loss_scale=numerics.loss_scale,
         never_ran=tuple(u.name for u in profile.units if u.name not in survey.tally.ran),
         passes=survey.tally.passes,
@@ -171,9 +170,9 @@ def _measure(workload: Workload, survey: Survey, findings: dict[Format, Findings
     Returns the drop of what the ambient format alone does: nought where all products are those of units.
     """
     base, clock, emulate = survey.base, survey.clock, survey.emulate
-    first = measured_drops(workload.with_batches(workload.batches[:1]), [base], emulate=emulate)[0]
-    around = first.value if first else 0.0
-    if around > 0 and len(workload.batches) > 1 and (whole := measured_drops(workload, [base], emulate=emulate)[0]):
+    around = 0.0
+    first = measured_drops(one_example_of(workload), [base], emulate=emulate)[0]
+    if (first is None or first.value > 0) and (whole := measured_drops(workload, [base], emulate=emulate)[0]):
         around = whole.value
     for choice, found in findings.items():
         cut = [u.name for u in survey.profile.units if choice in u.formats and u.name in survey.cut]

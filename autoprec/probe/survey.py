@@ -20,6 +20,9 @@ from autoprec.plan import Plan
 from autoprec.probe.batches import Batch, batch_tensors, joined, separable
 from autoprec.probe.compare import Comparison, compare
 from autoprec.probe.estimation import Scores, predict
+from autoprec.probe.labels import draw_direction
+from autoprec.probe.numerics import watched
+from autoprec.probe.pairs import one_example
 from autoprec.probe.passes import Clock, Tally, check_finite, first_bad_unit
 from autoprec.probe.readout import Readout
 from autoprec.probe.replay import Replayer
@@ -36,13 +39,13 @@ Array = npt.NDArray[np.float64]
 
 #: allowed by default: what so many passes over all batches take, so that a deep model costs no more for each unit than
 #: a shallow one; of few units, no more than a share of what measuring them one by one would take
-_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.1
+_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.11
 #: of the time allowed: passes end here, the rest is for direct measurements; and so much is for the second anchor
 _PASSES, _ANCHOR = 0.85, 0.1
 #: floating-point operations of a forward below which batches are put together
 _SMALL_WORK = 4e9
-#: a forward and the comparison of its output, over the forward; a pass over the first one, which checks every site
-_WITH_COMPARING, _UNCHECKED = 1.3, 0.85
+#: a forward with one unit in another format over the plain one
+_WITH_CASTS = 1.2
 #: relative standard error of a typical unit below which no further pass is made
 _ENOUGH = 0.04
 #: of a classifier: below this a selection says too little
@@ -74,6 +77,8 @@ class Survey:
     #: what one unit in one format would take, measured directly on all batches
     each_seconds: float = 0.0
     step_seconds: float = 0.0
+    #: by unit, of the first batch
+    activation_max: dict[str, float] = field(default_factory=dict)
     #: whether an example has one output and can be replayed without the others of its batch
     one_output: bool = False
 
@@ -88,7 +93,10 @@ class Survey:
             self._join_small_batches()
         order = list(range(len(self.workload.batches)))
         random.Random(self.seed).shuffle(order)
-        replayer, slowest = self._checked_pass(order[0])
+        replayer, self.tally = self._find_sites(), self._new_tally()
+        begun = self.clock.elapsed
+        self.tally.draw(replayer, self.workload, order[0], self.formats, self.seed)
+        slowest = self.clock.elapsed - begun
         if math.isinf(self.clock.allowed):
             self.clock.allowed = self._allowance(slowest)
         slowest = self._sweep(replayer, order[1:], slowest, 1 - _ANCHOR)
@@ -113,16 +121,18 @@ class Survey:
     def _first_look(self) -> None:
         """Run the reference on one batch, learn what a step takes, and see that there is something to probe."""
         with torch.no_grad():
-            self._reference(0)  # sets up kernels
+            with watched(self.profile, self.modules, self.activation_max):
+                self._reference(0)  # sets up kernels, too
             begun = time.monotonic()
             read = self._reference(0)
             step = time.monotonic() - begun
             check_finite(read, partial(first_bad_unit, self.workload, self.workload.batches[0]), 0)
             begun = time.monotonic()
+            compare(read, read)
             with applied(self.workload.model, self.base):
-                apply = time.monotonic() - begun
+                around = time.monotonic() - begun
         self.step_seconds = step
-        self.each_seconds = (_WITH_COMPARING * step + apply) * len(self.workload.batches)
+        self.each_seconds = (_WITH_CASTS * step + around) * len(self.workload.batches)
         self.one_output = has_one_output(read) and all(map(separable, self.workload.batches))
         least = step * (3 + 2 * len(self.formats))
         if self.clock.elapsed + least > self.clock.allowed:
@@ -132,12 +142,10 @@ class Survey:
                 f"ready. Allow {math.ceil(self.clock.elapsed + 2 * least)} s or more, or use smaller batches."
             )
 
-    def _allowance(self, checked: float) -> float:
-        """Return the seconds allowed from the start on, given what the first pass took, which checks every site."""
-        total = _SWEEPS * _UNCHECKED * checked * len(self.workload.batches)
-        if self._share() < math.inf:
-            return max(min(self._share(), self.clock.elapsed - checked + total), self.clock.elapsed)
-        return self.clock.elapsed - checked + total
+    def _allowance(self, slowest: float) -> float:
+        """Return the seconds allowed from the start on, given what the first pass took."""
+        total = self.clock.elapsed + slowest * (_SWEEPS * len(self.workload.batches) - 1)
+        return max(min(self._share(), total), self.clock.elapsed)
 
     def _share(self) -> float:
         """Return what models of few units may take in all: a share of what measuring one by one would."""
@@ -201,29 +209,24 @@ class Survey:
         if alike:
             self.workload = self.workload.with_batches(together)
 
-    def _checked_pass(self, index: int) -> tuple[Replayer, float]:
-        """Make the first pass, which replays each site as it ran, too; what keeps state is taken apart, or left out."""
+    def _find_sites(self) -> Replayer:
+        """Find the sites and replay each as it ran, on one example; what keeps state is taken apart, or left out."""
         apart: frozenset[str] = frozenset()
-        self.tally = self._new_tally()
+        example = one_example(self.workload.batches[0])
         while True:
             self.sites = find_sites(
                 self.profile, self.modules, self.formats, self.ambient, emulated=self.emulate, apart=apart
             )
             replayer = Replayer(self.workload, self.sites, self.modules, self.ambient)
-            begun = self.clock.elapsed
-            self.tally.draw(replayer, self.workload, index, self.formats, self.seed, check=True)
-            took = self.clock.elapsed - begun
-            whole = {s.unit for s in self.sites if s.path in self.tally.restless and s.whole}
+            effects, _ = replayer.run(example, [], lambda read: draw_direction(read, self.seed), check=True)
+            whole = {s.unit for s in self.sites if s.path in effects.restless and s.whole}
             if not whole:
                 break
             apart |= whole
-            self.tally = self._new_tally()
         if apart:
             self.notes.append(f"replayed layer by layer, since they keep state between calls: {_few(sorted(apart))}")
-        if self.tally.restless:
-            self.sites = [s for s in self.sites if s.path not in self.tally.restless]
-            replayer = Replayer(self.workload, self.sites, self.modules, self.ambient)
-        return replayer, took
+        self.sites = [s for s in self.sites if s.path not in effects.restless]
+        return Replayer(self.workload, self.sites, self.modules, self.ambient)
 
     def _new_tally(self) -> Tally:
         tally = Tally()
@@ -238,7 +241,7 @@ class Survey:
             if not self.clock.fits(seen or slowest, share):
                 break
             begun = self.clock.elapsed
-            self.tally.draw(replayer, self.workload, index, self.formats, self.seed, check=False)
+            self.tally.draw(replayer, self.workload, index, self.formats, self.seed)
             seen = max(seen, self.clock.elapsed - begun)
         self._say(f"{self.tally.passes} passes made")
         return seen or slowest
