@@ -39,7 +39,7 @@ Array = npt.NDArray[np.float64]
 
 #: allowed by default: what so many passes over all batches take, so that a deep model costs no more for each unit than
 #: a shallow one; of few units, no more than a share of what measuring them one by one would take
-_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.11
+_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.12
 #: of the time allowed: passes end here, the rest is for direct measurements; and so much is for the second anchor
 _PASSES, _ANCHOR = 0.85, 0.1
 #: floating-point operations of a forward below which batches are put together
