@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,23 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert model.config.use_cache
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_nothing_of_a_pass_stays_in_memory() -> None:
+    workload = bare_workload("train", batches=1)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.append(weakref.ref(output))
+
+    gc.collect()
+    gc.disable()  # which would find the cycles that hooks and nodes of a graph make, sooner or later
+    try:
+        workload.model.get_submodule("blocks.0").register_forward_hook(note)
+        probe_sensitivity(workload, cache=False)
+        assert alive and all(ref() is None for ref in alive)
+    finally:
+        gc.enable()
 
 
 def test_news_come_with_the_time_that_is_left() -> None:

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from autoprec.formats import FP16, Format, Fp8Recipe, NumberFormat, layout
 from autoprec.probe.batches import Batch
@@ -93,7 +95,7 @@ def gradient_numerics(
         DataError: there is nothing to train towards.
     """
     run = _Run(profile, modules, formats, ambient)
-    handles = [site.module.register_forward_hook(run.tap(site), with_kwargs=True) for site in sites]
+    run.handles = [site.module.register_forward_hook(run.tap(site), with_kwargs=True) for site in sites]
     try:
         with torch.enable_grad():
             loss = workload.training_loss(batch, workload.forward(batch))
@@ -105,7 +107,7 @@ def gradient_numerics(
             parameter.grad = None
         loss.backward()
     finally:
-        for handle in handles:
+        for handle in run.handles:  # hooks and nodes of the graph hold each other
             handle.remove()
     return GradientNumerics(tuple(run.rows(whole)), run.scale)
 
@@ -120,6 +122,7 @@ class _Run:
     largest: float = 0.0
     replaying: bool = False
     sums: dict[tuple[str, Format], _Sums] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     def tap(self, site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -127,7 +130,8 @@ class _Run:
             if self.replaying or not outputs:
                 return
             held = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
-            register_multi_grad_hook(outputs, lambda grads: self._arrived(site, held, grads), mode="all")
+            arrived = partial(self._arrived, site, held)
+            self.handles.append(register_multi_grad_hook(outputs, arrived, mode="all"))
 
         return hook
 

@@ -62,8 +62,7 @@ class Tally:
         if number == 0:
             self.positions += int(read.counted.sum())
         if index not in self.weights:
-            own = _detached(read)
-            self.comparisons[index] = compare(own, own)
+            self.comparisons[index] = compare(read, read)
             self.weights[index] = self.comparisons[index].weight
         self.draws[index] = number + 1
         self.passes += 1
@@ -132,10 +131,6 @@ class Tally:
 def _add(sums: dict[Key, dict[int, Array]], key: Key, index: int, value: Array) -> None:
     by_batch = sums.setdefault(key, {})
     by_batch[index] = by_batch[index] + value if index in by_batch else value
-
-
-def _detached(read: Readout) -> Readout:
-    return Readout(read.kind, read.predictions.detach(), read.counted, read.labels)
 
 
 def _checked_direction(read: Readout, workload: Workload, batch: Batch, index: int, seed: int) -> torch.Tensor:

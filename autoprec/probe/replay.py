@@ -12,14 +12,17 @@ low-precision run really is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from autoprec.formats import Format
 from autoprec.probe.batches import Batch
@@ -80,6 +83,7 @@ class Replayer:
         self.low = {Format.BF16: torch.bfloat16, Format.FP16: torch.float16}.get(ambient)
         self._copied: set[str] = set()  # sites whose inputs or results are changed in place after the call
         self._sums: dict[Key, dict[tuple[int, ...], Tensor]] = {}  # by shape of what a layer gives
+        self._waiting: list[RemovableHandle] = []
         self._replaying = False
 
     def run(
@@ -98,20 +102,28 @@ class Replayer:
             anchor: the format whose errors are added at every unit; None: the reference itself.
             check: replay every site as it ran, too, and name those that do not give the same.
         """
-        while True:
-            effects, calls, read = self._forward(batch, formats, anchor, check)
-            written = {call.site.path for call in calls if call.written()} - self._copied
-            if not written:
-                break
-            self._copied |= written
-        slope = direction(read)
-        if read.predictions.requires_grad:
-            # of the very tensor that a backward begins at, a hook on several tensors is told nothing
-            read.predictions.view_as(read.predictions).backward(slope)
-        examples = read.counted.shape[0]
-        _sum_up(effects, self._sums, examples)
-        self._sums = {}
-        return effects, read
+        try:
+            while True:
+                effects, calls, read = self._forward(batch, formats, anchor, check)
+                written = {call.site.path for call in calls if call.written()} - self._copied
+                if not written:
+                    break
+                self._copied |= written
+                self._forget()
+            slope = direction(read)
+            if read.predictions.requires_grad:
+                # of the very tensor that a backward begins at, a hook on several tensors is told nothing
+                read.predictions.view_as(read.predictions).backward(slope)
+            _sum_up(effects, self._sums, read.counted.shape[0])
+        finally:
+            self._forget()
+        return effects, dataclasses.replace(read, predictions=read.predictions.detach())
+
+    def _forget(self) -> None:
+        """Let go of the graph: hooks and nodes hold each other, and only the garbage collector would part them."""
+        for handle in self._waiting:
+            handle.remove()
+        self._waiting, self._sums = [], {}
 
     def _forward(
         self, batch: Batch, formats: Sequence[Format], anchor: Format | None, check: bool
@@ -129,9 +141,8 @@ class Replayer:
                 if not call.results:
                     return None
                 sources, output = _sources(output)
-                register_multi_grad_hook(
-                    sources, lambda grads: self._arrived(effects, call, grads, formats, check), mode="all"
-                )
+                arrived = partial(self._arrived, effects, call, formats=formats, check=check)
+                self._waiting.append(register_multi_grad_hook(sources, arrived, mode="all"))
                 return self._shifted(call, output, anchor)
 
             return hook
