@@ -22,6 +22,8 @@ _OUTLIER = 3.5
 _FEWEST_FOR_OUTLIERS = 8
 #: seen on small random mixtures of experts: now and then a unit has 10 times what its square says
 _ROUTED = 0.8
+#: seen on a classifier of which a third of the examples were drawn: how far whole sets of estimates lie off together
+_UNSEEN = 0.2
 #: other batches have larger values than those seen
 _FP16_ROOM = 8
 
@@ -37,6 +39,8 @@ class Finding:
     interaction: float = 0.0
     #: relative error where a small change may send tokens to other experts, which no derivative sees
     routed: float = 0.0
+    #: relative error where examples that were not drawn may carry more than their curvature says
+    unseen: float = 0.0
     marginal: float | None = None
     direct: Ratio | None = None
 
@@ -52,7 +56,7 @@ class Finding:
     def doubt(self) -> float:
         """The relative standard error of what is not known, the model's own error left out."""
         p = self.prediction
-        return math.sqrt(p.sampling**2 + p.ratio**2 + self.interaction**2 + self.routed**2)
+        return math.sqrt(p.sampling**2 + p.ratio**2 + self.interaction**2 + self.routed**2 + self.unseen**2)
 
 
 @dataclass(slots=True)
@@ -71,6 +75,8 @@ class Findings:
         for unit in _before_routers(survey.profile):
             if unit in rows:
                 rows[unit].routed = _ROUTED
+        for row in rows.values():
+            row.unseen = _UNSEEN if survey.chosen else 0.0
         return cls(choice, rows)
 
     def doubtful(self) -> list[Finding]:
@@ -96,7 +102,7 @@ class Findings:
                 drop, method = Estimate(0.0, 0.0, 0.0, Origin.PREDICTED), Method.REPLAY
             else:
                 reach = row.value / row.prediction.value
-                low, high = row.prediction.interval(error, math.hypot(row.interaction, row.routed))
+                low, high = row.prediction.interval(error, math.hypot(row.interaction, row.routed, row.unseen))
                 drop, method = Estimate(row.value, low * reach, high * reach, Origin.PREDICTED), Method.REPLAY
             found.append(
                 UnitDrop(
