@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from autoprec.errors import MeasurementError, first_line
 from autoprec.formats import Format
@@ -22,7 +21,7 @@ from autoprec.probe.batches import batch_to
 from autoprec.probe.compare import Comparison, Summary, compare, median_ci95, summarise
 from autoprec.probe.gradient import GradientError, gradient_error
 from autoprec.probe.pairs import LONG_STEP_SECONDS, Pairs, first_ratio, one_example, out_of_memory
-from autoprec.probe.readout import ReadoutKind
+from autoprec.probe.readout import Readout, ReadoutKind
 from autoprec.probe.steps import Peak, Stepper, device_of, kept_state, peak_bytes, plain_fp32
 from autoprec.probe.workload import Workload
 from autoprec.records import Measurement, MeasurementOrigins, Mode, Origin, Role
@@ -141,7 +140,7 @@ def _drop(request: Request, handle: Applied, timing: Pairs) -> tuple[ReadoutKind
             raw, own = clock.pair(handle, run, run)
             reference = workload.readout(batch, raw)
             kind = reference.kind
-            _check_reference(reference.predictions, reference.counted, index)
+            _check_reference(reference, index)
             parts.append(compare(reference, workload.readout(batch, own)))
     if not any(part.weight.sum() > 0 for part in parts):
         raise MeasurementError(
@@ -150,9 +149,8 @@ def _drop(request: Request, handle: Applied, timing: Pairs) -> tuple[ReadoutKind
     return kind, parts
 
 
-def _check_reference(predictions: Tensor, counted: Tensor, batch: int) -> None:
-    sums = predictions.float().sum(-1)
-    if not bool(torch.where(counted, sums, 0.0).isfinite().all()):
+def _check_reference(reference: Readout, batch: int) -> None:
+    if not reference.is_finite():
         raise MeasurementError(
             f"the FP32 reference's output is not finite on batch {batch}, so no plan can be compared with it. "
             "Check the weights and this batch; autoprec changes neither."

@@ -31,8 +31,8 @@ from truths import FORMATS, WORKLOADS, Truths, measure
 from autoprec import Plan, Workload, probe_sensitivity, probe_units
 from autoprec.formats import Format
 from autoprec.probe.direct import measured_drops
+from autoprec.probe.directions import draw_direction
 from autoprec.probe.estimation import predict
-from autoprec.probe.labels import draw_direction
 from autoprec.probe.passes import Tally
 from autoprec.probe.readout import Readout, ReadoutKind
 from autoprec.probe.replay import Replayer, frozen, repeatable

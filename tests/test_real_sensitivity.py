@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
+from test_real_models import part
 
 from autoprec import probe_sensitivity
 from autoprec.probe.workload import workload_from
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parent.parent
-CACHE = Path(os.environ.get("AUTOPREC_MODELS") or ROOT / ".models")
-TRUTHS = ROOT / "benchmarks" / "truths" / "smollm2.json"
+TRUTHS = Path(__file__).parent.parent / "benchmarks" / "truths" / "smollm2.json"
 
 
 def test_smollm2_against_its_recorded_drops() -> None:
-    for name in ("smollm2", "austen"):
-        if not (CACHE / name).is_dir():
-            pytest.skip(f"{CACHE / name} is not there: run `make models`")
-    text = CACHE / "austen" / "sense_and_sensibility.txt"
-    whole = workload_from(str(CACHE / "smollm2"), data=text, mode="infer")
+    text = part("austen") / "sense_and_sensibility.txt"
+    whole = workload_from(str(part("smollm2")), data=text, mode="infer")
     truths = json.loads(TRUTHS.read_text())
     assert truths["data_digest"] == whole.data_digest(), "the truths are of other batches"
     batches = 4

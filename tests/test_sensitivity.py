@@ -21,7 +21,7 @@ from autoprec import Plan, Workload, probe_sensitivity, probe_units
 from autoprec.errors import DataError, MeasurementError, UsageError
 from autoprec.files import as_json, from_json
 from autoprec.formats import Format
-from autoprec.probe import passes, sensitivity, survey
+from autoprec.probe import clock, sensitivity, survey
 from autoprec.probe.direct import measured_drops
 from autoprec.records import Method, Mode, Origin, Progress, SensitivityProfile
 
@@ -46,10 +46,10 @@ class Ticks:
 @pytest.fixture(autouse=True)
 def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
     """Keep the machine's speed out of the tests."""
-    clock = Ticks()
-    for module in (passes, sensitivity, survey):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
+    ticking = Ticks()
+    for module in (clock, sensitivity, survey):
+        monkeypatch.setattr(module, "time", ticking)
+    return ticking
 
 
 @pytest.fixture(autouse=True)

@@ -78,6 +78,7 @@ def _probe_model(
 ) -> tuple[ModelProfile, SensitivityProfile | None]:
     """Return the units, and their sensitivity where the model can be run here on the data."""
     from autoprec.probe.units import probe_units
+    from autoprec.probe.workload import Workload
 
     news.doing(f"Reading {model}")
     given = options | {"trust_remote_code": None}
@@ -94,7 +95,7 @@ def _probe_model(
         from autoprec.probe.loading import load_skeleton
 
         runnable = load_skeleton(model, trust_remote_code=options["trust_remote_code"])
-    if not hasattr(runnable, "batches"):  # a module, and nothing to run it on
+    if not isinstance(runnable, Workload):  # a module, and nothing to run it on
         return probe_units(runnable, model_id=model), None
     for note in runnable.notes:
         news.say(note)

@@ -19,6 +19,7 @@ __all__ = [
     "CallStyle",
     "attention_of",
     "batch_digest",
+    "batch_rows",
     "batch_tensors",
     "batch_to",
     "batch_tokens",
@@ -182,7 +183,7 @@ def joined(batches: Sequence[Batch], rows: int) -> tuple[Batch, ...]:
     found: list[list[Batch]] = []
     for batch in batches:
         alike = found and _shape(batch) is not None and _shape(batch) == _shape(found[-1][0])
-        if alike and sum(_rows(b) for b in found[-1]) + _rows(batch) <= rows:
+        if alike and sum(batch_rows(b) for b in found[-1]) + batch_rows(batch) <= rows:
             found[-1].append(batch)
         else:
             found.append([batch])
@@ -190,12 +191,14 @@ def joined(batches: Sequence[Batch], rows: int) -> tuple[Batch, ...]:
 
 
 def picked(batch: Batch, rows: Tensor) -> Batch:
-    """Return some examples of a batch whose tensors all have one row an example (`separable`)."""
+    """Return some examples of a batch; what is no tensor with rows stays as it is."""
+
+    def pick(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.dim() > 0 else value
+
     if isinstance(batch, Tensor):
         return batch[rows]
-    if isinstance(batch, Mapping):
-        return {key: value[rows] for key, value in batch.items()}
-    return tuple(value[rows] for value in batch)
+    return {k: pick(v) for k, v in batch.items()} if isinstance(batch, Mapping) else tuple(map(pick, batch))
 
 
 def separable(batch: Batch) -> bool:
@@ -213,7 +216,8 @@ def _shape(batch: Batch) -> object | None:
     return (type(batch), tuple(parts)) if None not in parts and len(lengths) == 1 else None
 
 
-def _rows(batch: Batch) -> int:
+def batch_rows(batch: Batch) -> int:
+    """Return the count of examples of a batch: the rows of its first tensor."""
     return int(batch_tensors(batch)[0][1].shape[0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,12 @@ import torch
 
 from autoprec.formats import Format, Fp8Recipe, layout
 from autoprec.plan import Plan
+from autoprec.probe.clock import Clock
 from autoprec.probe.compare import Comparison, Ratio, compare, summarise
 from autoprec.probe.pairs import one_example
-from autoprec.probe.passes import Clock
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.workload import Workload
-from autoprec.records import ModelProfile
+from autoprec.records import Unit
 from autoprec.runtime.attach import applied
 from autoprec.runtime.emulate import fp8_quantize, round_to
 
@@ -90,9 +90,9 @@ def _group(workload: Workload, base: Plan, units: tuple[str, ...], choice: Forma
     return Group(units, measured_drops(workload, [plan], emulate=emulate)[0])
 
 
-def weight_errors(profile: ModelProfile, modules: Mapping[str, torch.nn.Module], choice: Format) -> dict[str, float]:
+def weight_errors(units: Iterable[Unit], modules: Mapping[str, torch.nn.Module], choice: Format) -> dict[str, float]:
     """Return for each unit ‖round(W) − W‖² / ‖W‖² of its floating weights; packed weights count as exact."""
-    return {unit.name: _weight_error(list(_matrices(unit.modules, modules)), choice) for unit in profile.units}
+    return {unit.name: _weight_error(list(_matrices(unit.modules, modules)), choice) for unit in units}
 
 
 def _matrices(names: Sequence[str], modules: Mapping[str, torch.nn.Module]) -> Iterator[torch.Tensor]:

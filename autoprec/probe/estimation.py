@@ -7,7 +7,7 @@ errors of a unit go together. It is noisy for one unit and alike for units of on
 towards the mean of its role, by as much as its own noise asks for (empirical Bayes), and the estimate is
 squares × ρ.
 
-The interval holds the sampling of examples and labels, what is left open about ρ, and the error of the second order
+The interval holds the sampling of examples and directions, what is left open about ρ, and the error of the second order
 itself, which direct measurements of some units tell.
 """
 
@@ -29,6 +29,9 @@ Array = npt.NDArray[np.float64]
 _ROLE_SPREAD, _UNIT_SPREAD = 0.2, 0.1
 #: prior standard deviation of log(true / estimate) that no sampling explains, and the units it is worth (SmolLM2: 0.1)
 _MODEL_ERROR, _MODEL_WEIGHT = 0.12, 6
+#: relative standard error where one example tells nothing of others; between windows of 128 tokens of SmolLM2 drops of
+#: a unit spread by 0.20 (median over units and formats; a tenth of them by more than 0.44)
+_ONE_EXAMPLE = 0.3
 #: variance of log ρ where nothing is drawn
 _LEAST_NOISE = 1e-4
 #: spreads of log ρ that are weighed against each other
@@ -97,11 +100,11 @@ def _sampling_error(score: Scores) -> float:
     total = float(effects.sum())
     used = score.weights > 0
     count = int(used.sum())
-    labels = math.sqrt(score.fourths) / float(score.squares.sum()) if score.spread > 0 else 0.0
+    drawing = math.sqrt(score.fourths) / float(score.squares.sum()) if score.spread > 0 else 0.0
     if count < 2 or total <= 0:
-        return max(labels, 0.3)  # one example tells nothing of others
+        return max(drawing, _ONE_EXAMPLE)
     residual = effects - total / score.weights.sum() * score.weights
-    return max(labels, math.sqrt(count / (count - 1) * float((residual**2).sum())) / total)
+    return max(drawing, math.sqrt(count / (count - 1) * float((residual**2).sum())) / total)
 
 
 def _log_ratio(score: Scores) -> tuple[float, float]:

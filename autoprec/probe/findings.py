@@ -66,6 +66,8 @@ class Findings:
     format: Format
     rows: dict[str, Finding] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
+    #: of the units in groups
+    weight_errors: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, survey: Survey, choice: Format) -> Findings:
@@ -76,7 +78,7 @@ class Findings:
             if unit in rows:
                 rows[unit].routed = _ROUTED
         for row in rows.values():
-            row.unseen = _UNSEEN if survey.chosen else 0.0
+            row.unseen = _UNSEEN if survey.tally.stands_for else 0.0
         return cls(choice, rows)
 
     def doubtful(self) -> list[Finding]:
@@ -88,7 +90,7 @@ class Findings:
         total = sum(r.value for r in self.rows.values())
         return row.doubt * math.sqrt(row.value / total)
 
-    def drops(self, survey: Survey, *, emulated: bool, weight_errors: Mapping[str, float]) -> list[UnitDrop]:
+    def drops(self, survey: Survey, *, emulated: bool) -> list[UnitDrop]:
         """Return one row a unit, in no order; groups share their drop by their weights' rounding error."""
         measured = Origin.EMULATED if emulated else Origin.MEASURED
         error = self._model_error()
@@ -118,7 +120,7 @@ class Findings:
                     reason=_reason(row),
                 )
             )
-        return found + self._shared(measured, weight_errors)
+        return found + self._shared(measured)
 
     def _model_error(self) -> float:
         """Return the error of the method that direct measurements show, of those that nothing had set apart."""
@@ -129,15 +131,15 @@ class Findings:
         ]
         return model_error([(math.log(r.direct.value / r.value), r.doubt**2) for r in plain if r.direct])
 
-    def _shared(self, measured: Origin, weight_errors: Mapping[str, float]) -> list[UnitDrop]:
+    def _shared(self, measured: Origin) -> list[UnitDrop]:
         rows = []
         for group in self.groups:
             if group.drop is None:
                 continue
-            total = sum(weight_errors[u] for u in group.units)
+            total = sum(self.weight_errors[u] for u in group.units)
             alone = len(group.units) == 1
             for unit in group.units:
-                part = weight_errors[unit] / total if total > 0 else 1 / len(group.units)
+                part = self.weight_errors[unit] / total if total > 0 else 1 / len(group.units)
                 low, high = group.drop.ci95 or (group.drop.value, group.drop.value)
                 rows.append(
                     UnitDrop(
@@ -183,11 +185,12 @@ def _compare_anchors(rows: Mapping[str, Finding], tally: Tally, choice: Format) 
     unit's own; a unit far outside of it does not act as its square says.
     """
     seen: list[tuple[Finding, float, float]] = []
+    batches = 1
     for row in rows.values():
         slopes = tally.slopes.get((row.unit, choice))
         if not slopes or row.prediction.value <= 0:
             continue
-        weight = tally.weight(slopes)
+        batches, weight = len(slopes), tally.weight(slopes)
         squares = tally.squares[row.unit, choice]
         here = sum(float(squares[i].sum()) / tally.draws[i] for i in slopes if i in squares) / weight
         everywhere = sum(float(s.sum()) for s in squares.values()) / sum(
@@ -201,8 +204,9 @@ def _compare_anchors(rows: Mapping[str, Finding], tally: Tally, choice: Format) 
             seen.append((row, slope - 2 * own, own))
     if len(seen) < _FEWEST_FOR_OUTLIERS:
         return
+    # the median of absolute values of a normal variable is its standard deviation over 1.4826
     usual = 1.4826 * statistics.median(abs(d) / math.sqrt(own) for _, d, own in seen)
-    passes = sum(tally.draws.values()) / max(len(next(iter(tally.slopes.values()))), 1)
+    passes = sum(tally.draws.values()) / batches
     for row, difference, own in seen:
         # `own` was drawn on these few batches alone
         drawn = 2 * own * row.prediction.sampling * math.sqrt(passes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autoprec.errors import MeasurementError, first_line
-from autoprec.probe.batches import Batch
+from autoprec.probe.batches import Batch, picked
 from autoprec.probe.compare import median_ci95
 from autoprec.probe.steps import Stepper, device_of, timed
 from autoprec.probe.workload import Workload
@@ -103,4 +103,4 @@ def one_example(batch: Batch) -> Batch:
     sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0}
     if len(sizes) != 1:
         return batch
-    return {k: v[:1] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in batch.items()}
+    return picked(batch, torch.tensor([0]))

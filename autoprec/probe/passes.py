@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,13 +13,15 @@ from autoprec.errors import MeasurementError
 from autoprec.formats import Format
 from autoprec.probe.batches import Batch
 from autoprec.probe.compare import Comparison, compare
+from autoprec.probe.directions import divergence_slope, draw_direction, second_order_factor, spread_of_squares
 from autoprec.probe.estimation import Scores
-from autoprec.probe.labels import divergence_slope, draw_direction, second_order_factor, spread_of_squares
 from autoprec.probe.readout import Readout, ReadoutKind
 from autoprec.probe.replay import Effects, Key, Replayer
+from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
+from autoprec.runtime.identity import canonical_modules
 
-__all__ = ["Clock", "Tally", "check_finite", "first_bad_unit"]
+__all__ = ["Tally", "check_finite", "first_bad_unit"]
 
 Array = npt.NDArray[np.float64]
 
@@ -51,11 +52,12 @@ class Tally:
     positions: int = 0
 
     def draw(self, replayer: Replayer, workload: Workload, index: int, formats: Sequence[Format], seed: int) -> None:
-        """Run one batch of the reference with fresh labels and add what it gives."""
+        """Run one batch of the reference with a fresh direction and add what it gives."""
         batch, number = workload.batches[index], self.draws.get(index, 0)
         effects, read = replayer.run(
             batch,
             formats,
+            # a prime, so that no batch of a later draw has the seed of another
             lambda read: _checked_direction(read, workload, batch, index, seed + 1_000_003 * number + index),
         )
         self.kind, self.factor, self.spread = read.kind, second_order_factor(read.kind), spread_of_squares(read)
@@ -140,8 +142,7 @@ def _checked_direction(read: Readout, workload: Workload, batch: Batch, index: i
 
 def check_finite(read: Readout, culprit: Callable[[], str], index: int) -> None:
     """Raise a MeasurementError where the reference's counted output is not finite; `culprit` says where it began."""
-    sums = read.predictions.detach().float().sum(-1)
-    if not bool(torch.where(read.counted, sums, 0.0).isfinite().all()):
+    if not read.is_finite():
         raise MeasurementError(
             f"the FP32 reference's output is not finite on batch {index}: {culprit()}. Check the weights and this "
             "batch; autoprec changes neither."
@@ -150,9 +151,6 @@ def check_finite(read: Readout, culprit: Callable[[], str], index: int) -> None:
 
 def first_bad_unit(workload: Workload, batch: Batch) -> str:
     """Run a batch once more and say at which unit values stop being finite."""
-    from autoprec.probe.units import probe_units
-    from autoprec.runtime.identity import canonical_modules
-
     owner = {module: unit.name for unit in probe_units(workload.model).units for module in unit.modules}
     modules = canonical_modules(workload.model)
     bad: list[str] = []
@@ -175,19 +173,3 @@ def first_bad_unit(workload: Workload, batch: Batch) -> str:
     if not bad:
         return "every unit's own result is finite, so what stands between or behind them is the cause"
     return f"values stop being finite in unit '{owner[bad[0]]}' ({bad[0]})"
-
-
-class Clock:
-    """What a probe may spend, and has spent."""
-
-    def __init__(self, started: float) -> None:
-        self.started, self.allowed = started, float("inf")
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.started
-
-    def fits(self, seconds: float, share: float = 1.0) -> bool:
-        """Say whether so many seconds more stay within a share of what is allowed."""
-        return self.elapsed + seconds <= share * self.allowed

@@ -49,6 +49,11 @@ class Readout:
     counted: Tensor
     labels: Tensor | None
 
+    def is_finite(self) -> bool:
+        """Say whether all predictions that count are finite."""
+        sums = self.predictions.detach().float().sum(-1)
+        return bool(torch.where(self.counted, sums, 0.0).isfinite().all())
+
 
 def field_of(raw: Any, name: str) -> Tensor | None:
     """Return the tensor called `name` of a model output (an object or a mapping), or None."""

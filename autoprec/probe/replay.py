@@ -136,7 +136,7 @@ class Replayer:
                 if self._replaying:
                     return None
                 effects.ran.add(site.unit)
-                call, output = self._tapped(site, args, kwargs, output)
+                call = self._tapped(site, args, kwargs, output)
                 calls.append(call)
                 if not call.results:
                     return None
@@ -156,7 +156,7 @@ class Replayer:
             for handle in handles:
                 handle.remove()
 
-    def _tapped(self, site: Site, args: Any, kwargs: Any, output: Any) -> tuple[_Call, Any]:
+    def _tapped(self, site: Site, args: Any, kwargs: Any, output: Any) -> _Call:
         copy = site.path in self._copied
         held: list[tuple[Tensor, int]] = []
 
@@ -170,7 +170,7 @@ class Replayer:
 
         kept_args, kept_kwargs = tree_map(keep, args), tree_map(keep, kwargs)
         results = [keep(value) for value in floats(output)]
-        return _Call(site, kept_args, kept_kwargs, results, held), output
+        return _Call(site, kept_args, kept_kwargs, results, held)
 
     def _shifted(self, call: _Call, output: Any, anchor: Format | None) -> Any:
         """Return the output with the anchor's error added, which no gradient sees."""

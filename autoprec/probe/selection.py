@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from autoprec.probe.batches import Batch, picked
-from autoprec.probe.labels import curvature
+from autoprec.probe.directions import curvature
 from autoprec.probe.readout import Readout, ReadoutKind
 
 __all__ = ["Selection", "has_one_output", "select"]

@@ -21,17 +21,17 @@ from autoprec import __version__
 from autoprec.errors import MeasurementError, UsageError, first_line
 from autoprec.formats import Format
 from autoprec.plan import Plan
+from autoprec.probe.cache import ResultCache, device_name
+from autoprec.probe.clock import Clock
 from autoprec.probe.compare import Ratio, summarise
 from autoprec.probe.direct import halved, measured_drops, one_example_of, weight_errors
 from autoprec.probe.findings import Finding, Findings, vetoes_of
 from autoprec.probe.numerics import GradientNumerics, gradient_numerics
-from autoprec.probe.passes import Clock
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.replay import frozen, repeatable
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.survey import Survey
 from autoprec.probe.units import probe_units
-from autoprec.probe.vault import Vault, device_name
 from autoprec.probe.workload import Workload
 from autoprec.records import Mode, Progress, SensitivityProfile, UnitDrop
 from autoprec.runtime.fp8 import fp8_missing
@@ -58,7 +58,7 @@ def probe_sensitivity(
             gradients is probed, too.
         formats: low formats. FP8 that the device lacks is emulated.
         seconds: time allowed; None: about four passes over all batches, but for a model of less than 24 units no more
-            than a ninth of what measuring one by one would take.
+            than an eighth of what measuring one by one would take.
         seed: of the directions that are drawn, and of the order of batches.
         cache: read and write the user's cache of results, by weights, data, torch, device and format.
         progress: called with news as they come.
@@ -75,14 +75,14 @@ def probe_sensitivity(
     clock, wanted = Clock(time.monotonic()), _parse(formats)
     if seconds is not None:
         clock.allowed = seconds
-    vault = Vault.of(workload, seed) if cache else None
-    known = vault.read() if vault else None
+    kept = ResultCache.of(workload, seed) if cache else None
+    known = kept.read() if kept else None
     missing = [f for f in wanted if known is None or f not in known.formats]
     if known is not None and not missing:
         return _only(known, wanted)
-    found = _probe(workload, missing, clock, seed, vault, progress or (lambda news: None))
+    found = _probe(workload, missing, clock, seed, kept, progress or (lambda news: None))
     whole = found if known is None else _joined(known, found)
-    return _only(vault.keep(whole) if vault else whole, wanted)
+    return _only(kept.keep(whole) if kept else whole, wanted)
 
 
 def _parse(formats: Sequence[Format | str]) -> tuple[Format, ...]:
@@ -97,7 +97,7 @@ def _parse(formats: Sequence[Format | str]) -> tuple[Format, ...]:
 
 
 def _probe(
-    workload: Workload, formats: Sequence[Format], clock: Clock, seed: int, vault: Vault | None, tell: News
+    workload: Workload, formats: Sequence[Format], clock: Clock, seed: int, kept: ResultCache | None, tell: News
 ) -> SensitivityProfile:
     model, device = workload.model, device_of(workload.model)
     profile, modules = probe_units(model, model_id=workload.model_id), canonical_modules(model)
@@ -120,13 +120,8 @@ def _probe(
             f"the FP32 reference cannot be probed: {first_line(error)}. Check that the model takes these batches; "
             "where memory is short, try a smaller --batch-size or --seq-len."
         ) from error
-    errors = {f: weight_errors(profile, modules, f) if findings[f].groups else {} for f in formats}
     drops = [
-        row
-        for f in formats
-        for row in _shares(
-            findings[f].drops(survey, emulated=emulate and f is Format.FP8, weight_errors=errors[f]), survey
-        )
+        row for f in formats for row in _shares(findings[f].drops(survey, emulated=emulate and f is Format.FP8), survey)
     ]
     kind, parts = survey.tally.kind, survey.reference or list(survey.tally.comparisons.values())
     summary = summarise(kind, parts)
@@ -134,8 +129,8 @@ def _probe(
     return SensitivityProfile(
         model_id=workload.model_id,
         fingerprint=profile.fingerprint,
-        weights_digest=vault.weights if vault else weights_digest(model),
-        data_digest=vault.data if vault else workload.data_digest(),
+        weights_digest=kept.weights if kept else weights_digest(model),
+        data_digest=kept.data if kept else workload.data_digest(),
         device=device_name(device),
         mode=workload.mode,
         ambient=ambient,
@@ -176,11 +171,11 @@ def _measure(workload: Workload, survey: Survey, findings: dict[Format, Findings
     if (first is None or first.value > 0) and (whole := measured_drops(workload, [base], emulate=emulate)[0]):
         around = whole.value
     for choice, found in findings.items():
-        cut = [u.name for u in survey.profile.units if choice in u.formats and u.name in survey.cut]
+        cut = [u for u in survey.profile.units if choice in u.formats and u.name in survey.cut]
         if cut:
-            errors = weight_errors(survey.profile, survey.modules, choice)
-            cut.sort(key=errors.__getitem__)
-            found.groups = halved(workload, base, cut, choice, clock, emulate=emulate)
+            found.weight_errors = errors = weight_errors(cut, survey.modules, choice)
+            order = sorted(errors, key=errors.__getitem__)
+            found.groups = halved(workload, base, order, choice, clock, emulate=emulate)
     rows = _chosen(findings, int((clock.allowed - clock.elapsed) / survey.each_seconds) - 1)
     plans = [base.replace({row.unit: row.format}) for row in rows]
     for row, drop in zip(rows, measured_drops(workload, plans, emulate=emulate) if plans else [], strict=True):

@@ -23,7 +23,6 @@ from autoprec.runtime.scope import enter_scope, leave_scope
 
 __all__ = ["Site", "find_sites", "in_format"]
 
-
 #: units in a block that is replayed for one of them; more would make a unit cost as much as a model
 _MOST_IN_BLOCK = 4
 
@@ -72,7 +71,8 @@ def find_sites(
     for given, unit in zip(profile.units, plan.units, strict=True):
         whole = unit.name in paths
         for path in [paths[unit.name]] if whole else list(unit.modules):
-            near, inside = _surroundings(path, containers, below.get(path, []) if whole else [unit])
+            inside = below[path] if whole else [unit]
+            near = _surroundings(path, containers, inside)
             swaps: dict[Format, tuple[Swap, ...]] = {
                 f: tuple(_swaps(plan, unit, f, path, modules, near, inside, emulated))
                 for f in formats
@@ -100,10 +100,8 @@ def _below(plan: Plan, containers: Collection[str]) -> dict[str, list[PlanUnit]]
     return found
 
 
-def _surroundings(
-    path: str, containers: Mapping[str, PlanUnit], inside: Sequence[PlanUnit]
-) -> tuple[dict[str, PlanUnit], Sequence[PlanUnit]]:
-    """Return the containers at, around and within a module, and the units in it."""
+def _surroundings(path: str, containers: Mapping[str, PlanUnit], inside: Sequence[PlanUnit]) -> dict[str, PlanUnit]:
+    """Return the containers at, around and within a module that has these units in it."""
     names = {unit.name for unit in inside}
     near = {p: u for p, u in containers.items() if u.name in names} if len(inside) > 1 else {}
     at = path
@@ -111,7 +109,7 @@ def _surroundings(
         if at in containers:
             near[at] = containers[at]
         if not at:
-            return near, inside
+            return near
         at = at.rpartition(".")[0]
 
 

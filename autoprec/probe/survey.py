@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from autoprec.errors import MeasurementError
 from autoprec.formats import Format
 from autoprec.plan import Plan
-from autoprec.probe.batches import Batch, batch_tensors, joined, separable
+from autoprec.probe.batches import batch_rows, joined, separable
+from autoprec.probe.clock import Clock
 from autoprec.probe.compare import Comparison, compare
+from autoprec.probe.directions import draw_direction
 from autoprec.probe.estimation import Scores, predict
-from autoprec.probe.labels import draw_direction
 from autoprec.probe.numerics import watched
 from autoprec.probe.pairs import one_example
-from autoprec.probe.passes import Clock, Tally, check_finite, first_bad_unit
+from autoprec.probe.passes import Tally, check_finite, first_bad_unit
 from autoprec.probe.readout import Readout
 from autoprec.probe.replay import Replayer
 from autoprec.probe.selection import has_one_output, select
@@ -31,11 +31,10 @@ from autoprec.probe.sites import Site, find_sites
 from autoprec.probe.workload import Workload
 from autoprec.quantities import duration_text
 from autoprec.records import ModelProfile, Progress
+from autoprec.report.grouping import few
 from autoprec.runtime.attach import applied
 
 __all__ = ["Survey"]
-
-Array = npt.NDArray[np.float64]
 
 #: allowed by default: what so many passes over all batches take, so that a deep model costs no more for each unit than
 #: a shallow one; of few units, no more than a share of what measuring them one by one would take
@@ -70,8 +69,6 @@ class Survey:
     sites: list[Site] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     notes: list[str] = field(default_factory=list)
-    #: where not all examples are replayed: of each batch what they stand for, and their weights
-    chosen: dict[int, tuple[Array, Array]] = field(default_factory=dict)
     #: loss and entropy of batches that were only run, not replayed
     reference: list[Comparison] = field(default_factory=list)
     #: what one unit in one format would take, measured directly on all batches
@@ -89,11 +86,11 @@ class Survey:
             MeasurementError: the reference is not finite, nothing counts, or the time is too short for one pass.
         """
         self._first_look()
-        if not self._select_examples():
+        if not self._selectbatch_rows():
             self._join_small_batches()
         order = list(range(len(self.workload.batches)))
         random.Random(self.seed).shuffle(order)
-        replayer, self.tally = self._find_sites(), self._new_tally()
+        replayer = self._find_sites()
         begun = self.clock.elapsed
         self.tally.draw(replayer, self.workload, order[0], self.formats, self.seed)
         slowest = self.clock.elapsed - begun
@@ -105,7 +102,7 @@ class Survey:
             self._sweep(replayer, order, slowest, _PASSES)
         if not any(weight.sum() > 0 for weight in self.tally.weights.values()):
             raise MeasurementError(_NOTHING_COUNTS)
-        if len(self.tally.draws) < len(order) and not self.chosen:
+        if len(self.tally.draws) < len(order) and not self.tally.stands_for:
             self.notes.append(f"{len(self.tally.draws)} of {len(order)} batches were replayed in the time allowed")
 
     def scores(self, choice: Format) -> dict[str, Scores]:
@@ -134,6 +131,7 @@ class Survey:
         self.step_seconds = step
         self.each_seconds = (_WITH_CASTS * step + around) * len(self.workload.batches)
         self.one_output = has_one_output(read) and all(map(separable, self.workload.batches))
+        # a forward, a backward and what is around them; in each format a replay, emulated ones at twice the price
         least = step * (3 + 2 * len(self.formats))
         if self.clock.elapsed + least > self.clock.allowed:
             raise MeasurementError(
@@ -158,12 +156,12 @@ class Survey:
         batch = self.workload.batches[index]
         return self.workload.readout(batch, self.workload.forward(batch))
 
-    def _select_examples(self) -> bool:
+    def _selectbatch_rows(self) -> bool:
         """Where there is no time to replay all examples of a classifier, choose those that matter; say whether."""
         if not self.one_output:
             return False
         batches = self.workload.batches
-        count = sum(_examples(batch) for batch in batches)
+        count = sum(batch_rows(batch) for batch in batches)
         allowed = min(self.clock.allowed, self._share())
         if math.isinf(allowed):
             return False
@@ -177,16 +175,14 @@ class Survey:
             reads = [self._reference(index) for index in range(len(batches))]
         for index, read in enumerate(reads):
             check_finite(read, partial(first_bad_unit, self.workload, batches[index]), index)
-        parts = {index: compare(read, read) for index, read in enumerate(reads)}
         chosen = select(batches, reads, max(fitting, min(_FEWEST_EXAMPLES, count)), self.seed)
-        self.reference = list(parts.values())
+        self.reference = [compare(read, read) for read in reads]
         self.workload = self.workload.with_batches(chosen.batches)
         self._join_small_batches()
-        ends = np.cumsum([_examples(batch) for batch in self.workload.batches])
-        stands_for = np.split(np.concatenate(chosen.stands_for), ends[:-1])
+        ends = np.cumsum([batch_rows(batch) for batch in self.workload.batches])
+        self.tally.stands_for |= dict(enumerate(np.split(np.concatenate(chosen.stands_for), ends[:-1])))
         # each counts alike in the mean: what it stands for is in its effect
-        even = count / float(ends[-1])
-        self.chosen = {i: (s, np.full(len(s), even)) for i, s in enumerate(stands_for)}
+        self.tally.weights |= {i: np.full(len(s), count / float(ends[-1])) for i, s in self.tally.stands_for.items()}
         self.notes.append(f"of {count} examples {ends[-1]} were replayed, drawn by the curvature at their output")
         return True
 
@@ -197,12 +193,13 @@ class Survey:
         """
         batches = self.workload.batches
         work = 2 * self.profile.parameters * max(self.workload.tokens(batches[0]), 1)
-        together = joined(batches, int(_SMALL_WORK / work * len(batch_tensors(batches[0])[0][1])))
+        together = joined(batches, int(_SMALL_WORK / work * batch_rows(batches[0])))
         if len(together) == len(batches):
             return
         with torch.no_grad():
             alone = self._reference(0).predictions
             among = self.workload.readout(together[0], self.workload.forward(together[0])).predictions
+        # the order of sums differs with the batch's size; another batch beside it would change far more than this
         alike = alone.shape[1:] == among.shape[1:] and torch.allclose(
             among[: len(alone)], alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max())
         )
@@ -224,15 +221,9 @@ class Survey:
                 break
             apart |= whole
         if apart:
-            self.notes.append(f"replayed layer by layer, since they keep state between calls: {_few(sorted(apart))}")
+            self.notes.append(f"replayed layer by layer, since they keep state between calls: {few(sorted(apart))}")
         self.sites = [s for s in self.sites if s.path not in effects.restless]
         return Replayer(self.workload, self.sites, self.modules, self.ambient)
-
-    def _new_tally(self) -> Tally:
-        tally = Tally()
-        tally.stands_for |= {i: s for i, (s, _) in self.chosen.items()}
-        tally.weights |= {i: w for i, (_, w) in self.chosen.items()}
-        return tally
 
     def _sweep(self, replayer: Replayer, order: Sequence[int], slowest: float, share: float) -> float:
         """Draw each batch once more, as long as there is time; return what the slowest took."""
@@ -267,12 +258,3 @@ class Survey:
     def _say(self, message: str) -> None:
         left = max(self.clock.allowed - self.clock.elapsed, 0.0)
         self.tell(Progress(stage="probe", message=message, elapsed_seconds=self.clock.elapsed, eta_seconds=left))
-
-
-def _examples(batch: Batch) -> int:
-    return int(batch_tensors(batch)[0][1].shape[0])
-
-
-def _few(names: Sequence[str], most: int = 4) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

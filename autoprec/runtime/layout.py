@@ -65,7 +65,7 @@ def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> It
     """Yield every swap that puts `plan` in force; `emulated` says whether FP8 is."""
     root = _root(plan)
     uniform = all(u.format is plan.ambient for u in plan.units if u.role is not Role.EMBEDDING)
-    yield from _swaps(plan, plan.units, modules, holders(plan, modules), root, emulated, uniform)
+    yield from _swaps(plan, plan.units, modules, holders(plan, modules), emulated, uniform)
     yield Swap("", AmbientScope, {"ambient": _dtype(root) if root else None})
 
 
@@ -81,8 +81,7 @@ def swaps_of_units(
     Args:
         containers: what `holders` gives for the whole plan; a unit in FP8 is none.
     """
-    held = {path: unit for path, unit in containers.items() if unit in units}
-    yield from _swaps(plan, units, modules, containers, _root(plan), emulated, uniform=False, held=held)
+    yield from _swaps(plan, units, modules, containers, emulated, uniform=False)
 
 
 def _root(plan: Plan) -> Format | None:
@@ -99,14 +98,15 @@ def _swaps(
     units: Sequence[PlanUnit],
     modules: Mapping[str, nn.Module],
     containers: Mapping[str, PlanUnit],
-    root: Format | None,
     emulated: bool,
     uniform: bool,
-    held: Mapping[str, PlanUnit] | None = None,
 ) -> Iterator[Swap]:
+    root, own = _root(plan), {id(unit) for unit in units}
     for unit in units:
         yield from _unit_swaps(plan, unit, modules, containers, root, emulated, uniform)
-    for path, unit in (containers if held is None else held).items():
+    for path, unit in containers.items():
+        if id(unit) not in own:
+            continue
         if _around(path, containers, root, below=True) is not unit.format and not _native(plan, unit, root):
             settings = {"dtype": _dtype(unit.format), "stream": _handed_on(plan, unit)}
             yield Swap(path, UnitScope, settings)

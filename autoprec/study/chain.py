@@ -5,9 +5,9 @@ partial assignments that end in the same format only those are kept that no othe
 where that is an axis). One pass gives the whole front. Units that must share a format although others stand between
 them (`tied`) are carried in the state until the last of them is passed.
 
-Where more than `max_states` partial assignments remain, they are thinned evenly over time, and `exact` is false. Then
-the Lagrangian relaxation (for each price of drop the best assignment, by the same recursion) fills in the convex hull
-of the front, and still bounds from below what any assignment can reach.
+Where more than `max_states` partial assignments remain, each stretch of them keeps the one nearest the hull, and
+`exact` is false. Then the Lagrangian relaxation (for each price of drop the best assignment, by the same recursion)
+fills in the convex hull of the front, and still bounds from below what any assignment can reach.
 """
 
 from __future__ import annotations

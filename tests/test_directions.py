@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from autoprec.probe.compare import compare
-from autoprec.probe.labels import divergence_slope, draw_direction, second_order_factor, spread_of_squares
+from autoprec.probe.directions import divergence_slope, draw_direction, second_order_factor, spread_of_squares
 from autoprec.probe.readout import Readout, ReadoutKind
 
 

@@ -22,7 +22,7 @@ from autoprec.probe.workload import Workload
 from autoprec.records import SensitivityProfile
 from autoprec.runtime.identity import fingerprint, weights_digest
 
-__all__ = ["Vault", "cache_folder", "device_name"]
+__all__ = ["ResultCache", "cache_folder", "device_name"]
 
 
 def cache_folder() -> Path:
@@ -39,7 +39,7 @@ def device_name(device: torch.device) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Vault:
+class ResultCache:
     """One file of the cache, with the digests it is known by."""
 
     path: Path
@@ -47,7 +47,7 @@ class Vault:
     data: str
 
     @classmethod
-    def of(cls, workload: Workload, seed: int) -> Vault:
+    def of(cls, workload: Workload, seed: int) -> ResultCache:
         """Return the place of a workload's results."""
         weights, data = weights_digest(workload.model), workload.data_digest()
         parts = {

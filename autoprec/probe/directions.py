@@ -33,9 +33,7 @@ def draw_direction(read: Readout, seed: int) -> Tensor:
 
 
 def curvature(read: Readout) -> Tensor:
-    """Return the trace of the drop's Hessian at each position [B, P]."""
-    if read.kind is ReadoutKind.VALUES:
-        return read.counted.float() * read.predictions.shape[-1]
+    """Return the trace of the divergence's Hessian at each position [B, P] of logits."""
     if read.kind is ReadoutKind.BINARY:
         p = read.predictions.detach().float().sigmoid()
         return torch.where(read.counted, (p * (1 - p))[..., 0], 0.0)
