@@ -93,6 +93,15 @@ def test_what_is_thinned_out_is_no_better_than_the_bound(chain: tuple[list[Chain
     assert front.least_ms(min(d for _, d in wanted) - 1) == math.inf
 
 
+def test_the_bound_of_a_thinned_front_knows_the_least_drop() -> None:
+    # the cast costs time, and no choice does: no price of drop made of the choices' times would pay for it
+    low, high = Choice(Format.FP8, 0.0, 0.0), Choice(Format.FP32, 1.0, 0.0)
+    units = [ChainUnit("a", (high, low)), ChainUnit("b", (Choice(Format.BF16, 0.0, 0.0),))]
+    front = predicted_front(units, border_ms=[{(Format.FP8, Format.BF16): 1.0}], max_states=1)
+    assert front.least_ms(0.0) <= 1.0
+    assert front.within(0.0) is not None
+
+
 def random_units(count: int) -> list[ChainUnit]:
     draw = np.random.default_rng(0)
     units = []

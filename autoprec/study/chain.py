@@ -12,6 +12,7 @@ fills in the convex hull of the front, and still bounds from below what any assi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from autoprec.errors import StudyError
 from autoprec.formats import Format
 
-__all__ = ["Border", "Chain", "ChainUnit", "Choice", "unbeaten"]
+__all__ = ["Border", "Chain", "ChainUnit", "Choice", "Hull", "unbeaten"]
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -59,6 +60,23 @@ class ChainUnit:
     name: str
     choices: tuple[Choice, ...]
     tied: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hull:
+    """The relaxation of a chain: for `prices` of drop the least of time + price × drop, and assignments [P, units].
+
+    `least_drop` is the least that any assignment has.
+    """
+
+    prices: Array
+    values: Array
+    least_drop: float
+    corners: npt.NDArray[np.intp]
+
+    def least_ms(self, drop: float) -> float:
+        """Return a time that no assignment of at most this drop can beat."""
+        return float(np.max(self.values - self.prices * drop)) if drop >= self.least_drop else math.inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,31 +180,32 @@ class Chain:
         work = sum(step.before.size for step in self.steps)
         return max(_FEWEST_STATES, _WORK // work)
 
-    def relaxed(self) -> tuple[Array, Array, npt.NDArray[np.intp]]:
-        """Return for some prices of drop the least of time + price × drop, the prices, and the assignments there.
+    def relaxed(self) -> Hull:
+        """Solve the relaxation for some prices.
 
         Between two assignments next to each other on the hull the price at which both cost the same finds what lies
         below the line through them, so prices gather where the hull has corners.
         """
-        prices = self._first_prices()
-        values, all_prices, corners = np.empty(0), np.empty(0), np.empty((0, len(self.units)), dtype=np.intp)
+        least, corners = self._cheapest(np.ones(1), time_weight=0.0)
+        prices, seen, values = self._first_prices(), np.empty(0), np.empty(0)
         for _ in range(_ROUNDS):
             value, picks = self._cheapest(prices)
-            values, all_prices = np.concatenate([values, value]), np.concatenate([all_prices, prices])
+            values, seen = np.concatenate([values, value]), np.concatenate([seen, prices])
             corners = np.unique(np.concatenate([corners, picks]), axis=0)
             drop, time_ms, _ = self.cost(corners)
             order = np.lexsort((drop, time_ms))
             order = order[unbeaten(np.stack([time_ms, drop])[:, order])]
             if len(order) < 2:
                 break
-            prices = np.setdiff1d(-np.diff(time_ms[order]) / np.diff(drop[order]), all_prices)
-        return values, all_prices, corners
+            prices = np.setdiff1d(-np.diff(time_ms[order]) / np.diff(drop[order]), seen)
+        return Hull(seen, values, float(least[0]), corners)
 
-    def _cheapest(self, prices: Array) -> tuple[Array, npt.NDArray[np.intp]]:
+    def _cheapest(self, prices: Array, time_weight: float = 1.0) -> tuple[Array, npt.NDArray[np.intp]]:
+        """Return for each price the least of time_weight × time + price × drop, and an assignment that has it."""
         value, trail = np.zeros((1, len(prices))), []
         for step in self.steps:
             padded = np.concatenate([value, np.full((1, len(prices)), np.inf)])
-            total = padded[step.before] + step.time_ms[..., None] + step.drop[..., None] * prices
+            total = padded[step.before] + time_weight * step.time_ms[..., None] + step.drop[..., None] * prices
             way = np.argmin(total, axis=1)
             value = np.take_along_axis(total, way[:, None], axis=1)[:, 0]
             parent = np.take_along_axis(step.before, way, axis=1) * len(prices) + np.arange(len(prices))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from autoprec.errors import StudyError
 from autoprec.formats import Format
 from autoprec.records import Measurement
-from autoprec.study.chain import Border, Chain, ChainUnit, Choice, unbeaten
+from autoprec.study.chain import Border, Chain, ChainUnit, Choice, Hull, unbeaten
 
 __all__ = [
     "ChainUnit",
@@ -76,8 +76,8 @@ class PredictedFront:
     bytes: Array
     picks: npt.NDArray[np.int8]
     exact: bool
-    _prices: Array = field(repr=False)
-    _values: Array = field(repr=False)
+    #: what bounds all assignments where the front is not exact
+    hull: Hull | None = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.drop)
@@ -93,12 +93,10 @@ class PredictedFront:
 
     def least_ms(self, drop: float) -> float:
         """Return a time that no assignment of at most this drop can beat, as predicted; infinite where none has it."""
+        if self.hull is not None:
+            return self.hull.least_ms(drop)
         fastest = self.within(drop)
-        if self.exact:
-            return math.inf if fastest is None else float(self.time_ms[fastest])
-        if drop < float(self.drop.min()):
-            return math.inf
-        return float(np.max(self._values - self._prices * drop))
+        return math.inf if fastest is None else float(self.time_ms[fastest])
 
 
 def predicted_front(
@@ -123,17 +121,16 @@ def predicted_front(
     units = tuple(units)
     _check(units)
     chain = Chain(units, border_ms)
-    values, prices, corners = chain.relaxed()
-    kept, exact = chain.states(memory, max_states)
-    picks = kept if exact else np.concatenate([kept, corners])
+    picks, exact = chain.states(memory, max_states)
+    hull = None if exact else chain.relaxed()
+    if hull is not None:
+        picks = np.concatenate([picks, hull.corners])
     picks = np.unique(picks, axis=0)
     drop, time_ms, size = chain.cost(picks)
     order = np.lexsort((size, drop, time_ms))
     table = np.stack([time_ms, drop, size] if memory else [time_ms, drop])[:, order]
     order = order[unbeaten(table)]
-    return PredictedFront(
-        units, drop[order], time_ms[order], size[order], picks[order].astype(np.int8), exact, prices, values
-    )
+    return PredictedFront(units, drop[order], time_ms[order], size[order], picks[order].astype(np.int8), exact, hull)
 
 
 def _check(units: tuple[ChainUnit, ...]) -> None:
