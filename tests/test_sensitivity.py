@@ -23,7 +23,7 @@ from autoprec.files import as_json, from_json
 from autoprec.formats import Format
 from autoprec.probe import clock, sensitivity, survey
 from autoprec.probe.direct import measured_drops
-from autoprec.records import Method, Mode, Origin, Progress, SensitivityProfile
+from autoprec.records import Method, Mode, Origin, Progress, SensitivityProfile, UnitNumerics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # bitsandbytes and PEFT import torch.jit
@@ -227,6 +227,22 @@ def test_a_further_format_costs_only_that_format(own_cache: Path, monkeypatch: p
     assert len(asked) == 4, "other data, then other weights"
 
 
+def test_more_time_is_not_answered_with_what_less_time_found() -> None:
+    workload = bare_workload()
+    quick, long = probe_sensitivity(workload, ["bf16"]), probe_sensitivity(workload, ["bf16"], seconds=9)
+    assert {d.method for d in long.drops} == {Method.DIRECT} != {d.method for d in quick.drops}
+
+
+def test_another_loss_has_gradients_of_its_own() -> None:
+    model, batch = BareGPT().eval(), ids()
+
+    def probed(power: float) -> tuple[UnitNumerics, ...]:
+        workload = Workload(model, [batch], mode="train", loss=lambda raw, _: raw.float().abs().pow(power).mean())
+        return probe_sensitivity(workload, ["bf16"]).numerics
+
+    assert probed(1.0) != probed(3.0)
+
+
 def test_a_damaged_result_is_made_again(own_cache: Path) -> None:
     workload = bare_workload()
     found = probe_sensitivity(workload, ["bf16"])
@@ -305,6 +321,42 @@ def test_gradients_in_formats_against_autograd() -> None:
     scale = profile.loss_scale
     assert scale and math.log2(scale).is_integer()
     assert max(float(g.abs().max()) for g in whole) * scale < 65504 / 4
+
+
+class Ffn(nn.Module):
+    """An FFN that keeps nothing of its input for the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(torch.relu(self.up(x * 1.0)))
+        return result
+
+
+class Reusing(nn.Module):
+    """A model that overwrites what it gave its FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.ffn, self.head = nn.Embedding(32, 16), Ffn(), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.embed(x)) * 1.0
+        result = self.ffn(hidden)
+        hidden.mul_(50.0)
+        logits: Tensor = self.head(result + 0 * hidden)
+        return logits
+
+
+def test_gradients_are_of_the_input_a_unit_had_whatever_became_of_it() -> None:
+    torch.manual_seed(0)
+    workload = Workload(Reusing(), [(ids(), ids(seed=9))], mode="train")
+    profile = probe_sensitivity(workload, ["bf16"], cache=False)
+    row = next(n for n in profile.numerics if n.unit == "ffn")
+    # BF16 errs by 2^-9 in a value, so by 2^-17 in squares of sums; an input 50 times as large by 2500 times that
+    assert row.grad_error is not None and row.grad_error < 2**-14
 
 
 def gradients(model: nn.Module, batch: Tensor, target: Tensor) -> list[Tensor]:

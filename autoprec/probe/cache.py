@@ -47,8 +47,8 @@ class ResultCache:
     data: str
 
     @classmethod
-    def of(cls, workload: Workload, seed: int) -> ResultCache:
-        """Return the place of a workload's results."""
+    def of(cls, workload: Workload, seconds: float | None, seed: int) -> ResultCache:
+        """Return the place of a workload's results, of probes that were allowed so many seconds."""
         weights, data = weights_digest(workload.model), workload.data_digest()
         parts = {
             "autoprec": __version__,
@@ -60,6 +60,8 @@ class ResultCache:
             "task": str(workload.task),
             "outputs": str(workload.outputs),
             "mode": str(workload.mode),
+            "loss": str(workload.loss),
+            "seconds": seconds,
             "seed": seed,
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -129,7 +129,8 @@ class _Run:
             outputs = [value for value in floats(output) if value.requires_grad]
             if self.replaying or not outputs:
                 return
-            held = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+            # copies: some models change in place what a block was given
+            held = tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, (args, kwargs))
             arrived = partial(self._arrived, site, held)
             self.handles.append(register_multi_grad_hook(outputs, arrived, mode="all"))
 
@@ -164,15 +165,11 @@ class _Run:
         weights = [p for name in names for p in self.modules[name].parameters(recurse=False) if p.requires_grad]
         if not weights:
             return []
-        device = weights[0].device.type
         self.replaying = True
+        around = in_format(site, choice, self.modules, self.ambient) if choice else nullcontext()
         try:
-            with torch.enable_grad(), torch.autocast(device, dtype=_dtype(self.ambient), enabled=choice is not None):
-                if choice is None:
-                    output = site.module(*held[0], **held[1])
-                else:
-                    with in_format(site, choice, self.modules):
-                        output = site.module(*held[0], **held[1])
+            with torch.enable_grad(), around:
+                output = site.module(*held[0], **held[1])
         finally:
             self.replaying = False
         pairs = [
@@ -215,10 +212,6 @@ def _count(sums: _Sums, gradient: Tensor, numbers: NumberFormat) -> None:
     sums.values += int(present.sum())
     sums.under += int((present & (size <= numbers.smallest_subnormal / 2)).sum())
     sums.over += int((size > numbers.max).sum())
-
-
-def _dtype(ambient: Format) -> torch.dtype:
-    return torch.float16 if ambient is Format.FP16 else torch.bfloat16
 
 
 def _size(tensor: Tensor) -> float:

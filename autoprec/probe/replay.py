@@ -79,8 +79,7 @@ class Replayer:
     def __init__(
         self, workload: Workload, sites: Sequence[Site], modules: Mapping[str, nn.Module], ambient: Format
     ) -> None:
-        self.workload, self.sites, self.modules = workload, sites, modules
-        self.low = {Format.BF16: torch.bfloat16, Format.FP16: torch.float16}.get(ambient)
+        self.workload, self.sites, self.modules, self.ambient = workload, sites, modules, ambient
         self._copied: set[str] = set()  # sites whose inputs or results are changed in place after the call
         self._sums: dict[Key, dict[tuple[int, ...], Tensor]] = {}  # by shape of what a layer gives
         self._waiting: list[RemovableHandle] = []
@@ -185,14 +184,10 @@ class Replayer:
 
     def _replay(self, call: _Call, choice: Format | None) -> list[Tensor]:
         """Run a site again on what went in, in a format, or as it ran (None); return its float results in FP32."""
-        device = call.results[0].device.type
         self._replaying = True
+        around = in_format(call.site, choice, self.modules, self.ambient) if choice else contextlib.nullcontext()
         try:
-            with torch.no_grad(), contextlib.ExitStack() as around:
-                if choice is not None:
-                    around.enter_context(in_format(call.site, choice, self.modules))
-                    if self.low is not None:
-                        around.enter_context(torch.autocast(device, dtype=self.low, cache_enabled=False))
+            with torch.no_grad(), around:
                 output = call.site.module(*call.args, **call.kwargs)
         finally:
             self._replaying = False

@@ -60,7 +60,8 @@ def probe_sensitivity(
         seconds: time allowed; None: about four passes over all batches, but for a model of less than 24 units no more
             than an eighth of what measuring one by one would take.
         seed: of the directions that are drawn, and of the order of batches.
-        cache: read and write the user's cache of results, by weights, data, torch, device and format.
+        cache: read and write the user's cache of results, by weights, data, torch, device, time allowed
+            and format.
         progress: called with news as they come.
 
     Returns:
@@ -75,7 +76,7 @@ def probe_sensitivity(
     clock, wanted = Clock(time.monotonic()), _parse(formats)
     if seconds is not None:
         clock.allowed = seconds
-    kept = ResultCache.of(workload, seed) if cache else None
+    kept = ResultCache.of(workload, seconds, seed) if cache else None
     known = kept.read() if kept else None
     missing = [f for f in wanted if known is None or f not in known.formats]
     if known is not None and not missing:

@@ -13,11 +13,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from autoprec.formats import Format
+from autoprec.formats import Format, layout
 from autoprec.plan import Plan, PlanUnit
 from autoprec.records import ModelProfile, Role
+from autoprec.runtime.emulate import torch_dtype
 from autoprec.runtime.layout import Swap, common_path, holders, swaps_of_units
 from autoprec.runtime.scope import enter_scope, leave_scope
 
@@ -134,15 +136,17 @@ def _swaps(
 
 
 @contextmanager
-def in_format(site: Site, choice: Format, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Run a block with a site's unit in a format, everything else in it in FP32; FP32 itself needs nothing."""
-    swaps = site.swaps.get(choice, ())
+def in_format(site: Site, choice: Format, modules: Mapping[str, nn.Module], ambient: Format) -> Iterator[None]:
+    """Run a block with a site's unit in a format, all else in the site in FP32, and the ambient format around it."""
+    device = next(p.device.type for module in (site.module, *modules.values()) for p in module.parameters())
     entered: list[nn.Module] = []
-    try:
-        for swap in swaps:
-            enter_scope(modules[swap.module], swap.kind, name=swap.module, **swap.settings)
-            entered.append(modules[swap.module])
-        yield
-    finally:
-        for module in reversed(entered):
-            leave_scope(module)
+    # the cache of casts is keyed by weight alone, and a weight is replayed in several formats
+    with torch.autocast(device, dtype=torch_dtype(layout(ambient)), cache_enabled=False):
+        try:
+            for swap in site.swaps.get(choice, ()):
+                enter_scope(modules[swap.module], swap.kind, name=swap.module, **swap.settings)
+                entered.append(modules[swap.module])
+            yield
+        finally:
+            for module in reversed(entered):
+                leave_scope(module)
