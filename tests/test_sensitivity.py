@@ -355,8 +355,8 @@ def test_gradients_are_of_the_input_a_unit_had_whatever_became_of_it() -> None:
     workload = Workload(Reusing(), [(ids(), ids(seed=9))], mode="train")
     profile = probe_sensitivity(workload, ["bf16"], cache=False)
     row = next(n for n in profile.numerics if n.unit == "ffn")
-    # BF16 errs by 2^-9 in a value, so by 2^-17 in squares of sums; an input 50 times as large by 2500 times that
-    assert row.grad_error is not None and row.grad_error < 2**-14
+    # values within 2^-9 of 0 change sides at the ReLU, a few thousandths of all; 50 times the input has 2500 times that
+    assert row.grad_error is not None and row.grad_error < 2**-7
 
 
 def gradients(model: nn.Module, batch: Tensor, target: Tensor) -> list[Tensor]:

@@ -47,8 +47,13 @@ class ResultCache:
     data: str
 
     @classmethod
-    def of(cls, workload: Workload, seconds: float | None, seed: int) -> ResultCache:
-        """Return the place of a workload's results, of probes that were allowed so many seconds."""
+    def of(cls, workload: Workload, seconds: float | None, seed: int) -> ResultCache | None:
+        """Return the place of a workload's results, of probes that were allowed so many seconds.
+
+        None where a function of the user's decides figures: nothing tells whether it is the same the next time.
+        """
+        if callable(workload.outputs) or workload.loss is not None:
+            return None
         weights, data = weights_digest(workload.model), workload.data_digest()
         parts = {
             "autoprec": __version__,
@@ -60,7 +65,6 @@ class ResultCache:
             "task": str(workload.task),
             "outputs": str(workload.outputs),
             "mode": str(workload.mode),
-            "loss": str(workload.loss),
             "seconds": seconds,
             "seed": seed,
         }

@@ -61,7 +61,7 @@ def probe_sensitivity(
             than an eighth of what measuring one by one would take.
         seed: of the directions that are drawn, and of the order of batches.
         cache: read and write the user's cache of results, by weights, data, torch, device, time allowed
-            and format.
+            and format; not where the workload has a loss or outputs function of its own.
         progress: called with news as they come.
 
     Returns:
