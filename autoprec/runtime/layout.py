@@ -65,7 +65,7 @@ def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> It
     """Yield every swap that puts `plan` in force; `emulated` says whether FP8 is."""
     root = _root(plan)
     uniform = all(u.format is plan.ambient for u in plan.units if u.role is not Role.EMBEDDING)
-    yield from _swaps(plan, plan.units, modules, holders(plan, modules), emulated, uniform)
+    yield from swaps_of_units(plan, plan.units, modules, holders(plan, modules), emulated, uniform=uniform)
     yield Swap("", AmbientScope, {"ambient": _dtype(root) if root else None})
 
 
@@ -75,32 +75,15 @@ def swaps_of_units(
     modules: Mapping[str, nn.Module],
     containers: Mapping[str, PlanUnit],
     emulated: bool,
+    *,
+    uniform: bool = False,
 ) -> Iterator[Swap]:
-    """Yield the swaps of some units of a mixed plan, whose ambient, stream and recipe are those of `plan`.
+    """Yield the swaps of some units, with the ambient, stream and recipe of `plan`; the root's own is not among them.
 
     Args:
         containers: what `holders` gives for the whole plan; a unit in FP8 is none.
+        uniform: every unit has the ambient format, so that experts run as autocast runs them.
     """
-    yield from _swaps(plan, units, modules, containers, emulated, uniform=False)
-
-
-def _root(plan: Plan) -> Format | None:
-    """Return the format of autocast at the root, None where it is off.
-
-    Where everything is stored in the ambient format there is nothing for autocast to do, as with `model.to()`.
-    """
-    stored = plan.stream is plan.ambient is not Format.FP32
-    return None if plan.ambient is Format.FP32 or stored else plan.ambient
-
-
-def _swaps(
-    plan: Plan,
-    units: Sequence[PlanUnit],
-    modules: Mapping[str, nn.Module],
-    containers: Mapping[str, PlanUnit],
-    emulated: bool,
-    uniform: bool,
-) -> Iterator[Swap]:
     root, own = _root(plan), {id(unit) for unit in units}
     for unit in units:
         yield from _unit_swaps(plan, unit, modules, containers, root, emulated, uniform)
@@ -110,6 +93,15 @@ def _swaps(
         if _around(path, containers, root, below=True) is not unit.format and not _native(plan, unit, root):
             settings = {"dtype": _dtype(unit.format), "stream": _handed_on(plan, unit)}
             yield Swap(path, UnitScope, settings)
+
+
+def _root(plan: Plan) -> Format | None:
+    """Return the format of autocast at the root, None where it is off.
+
+    Where everything is stored in the ambient format there is nothing for autocast to do, as with `model.to()`.
+    """
+    stored = plan.stream is plan.ambient is not Format.FP32
+    return None if plan.ambient is Format.FP32 or stored else plan.ambient
 
 
 def _unit_swaps(
