@@ -26,9 +26,11 @@ def drop(kind: ReadoutKind, reference: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ReadoutKind)
-def test_the_second_moment_is_the_curvature_of_the_drop(kind: ReadoutKind) -> None:
-    logits = torch.randn(shape_of(kind))
-    error = 1e-3 * torch.randn(shape_of(kind))
+@pytest.mark.parametrize("classes", [5, 40])  # signs in the basis of eigenvectors, and of classes
+def test_the_second_moment_is_the_curvature_of_the_drop(kind: ReadoutKind, classes: int) -> None:
+    shape = (2, 3, classes) if kind is not ReadoutKind.BINARY else shape_of(kind)
+    logits = torch.randn(shape)
+    error = 1e-3 * torch.randn(shape)
     draws = 4000
     squares = torch.stack(
         [(draw_direction(readout(kind, logits), seed) * error).sum(-1).square().sum() for seed in range(draws)]
@@ -48,6 +50,14 @@ def test_a_single_logit_is_not_drawn_but_for_its_sign() -> None:
     assert torch.tensor(sizes.pop()) == pytest.approx((p * (1 - p)).sqrt().ravel())
     assert spread_of_squares(read) == 0.0
     assert spread_of_squares(readout(ReadoutKind.LOGITS, torch.zeros(1, 4, 3))) == 2.0
+
+
+def test_of_two_classes_nothing_is_drawn_but_a_sign() -> None:
+    read = readout(ReadoutKind.LOGITS, torch.tensor([[[0.4, -0.3]], [[2.0, -1.0]]]))
+    p = read.predictions.softmax(-1)[..., 0]
+    for seed in range(5):
+        size = draw_direction(read, seed)[..., 0].abs()
+        assert torch.allclose(size, (p * (1 - p)).sqrt(), atol=1e-6)
 
 
 def test_a_direction_leaves_the_sum_of_probabilities_alone() -> None:

@@ -3,7 +3,8 @@
 The Hessian of KL(reference ‖ plan) in the logits is the Fisher matrix F = diag(p) − p pᵀ of the predictions p. The
 gradient of the log-likelihood of a label drawn from p has it as its covariance; so has √p ⊙ z − p (√p · z) with random
 signs z, whose squares spread less: a confident prediction gives a small direction always, and not a large one now and
-then. A single logit needs no draw but a sign: ±√(p (1 − p)). For values, random signs give the squared error.
+then. Of few classes the signs are those of the eigenvectors of F: where two classes are all that matters, nothing is
+left to chance. A single logit needs no draw but a sign: ±√(p (1 − p)). For values, random signs give the squared error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from autoprec.probe.readout import Readout, ReadoutKind
 
 __all__ = ["curvature", "divergence_slope", "draw_direction", "second_order_factor", "spread_of_squares"]
 
+#: more classes than this, and eigenvectors of C by C matrices at each position are no longer little beside a forward
+_FEW_CLASSES = 32
+#: an eigenvalue below this is the nought of a constant added to all logits
+_ROUNDING = 1e-14
+
 
 def draw_direction(read: Readout, seed: int) -> Tensor:
     """Return a direction [B, P, C] in the dtype of the predictions, zero where a position does not count."""
@@ -25,11 +31,23 @@ def draw_direction(read: Readout, seed: int) -> Tensor:
     elif read.kind is ReadoutKind.BINARY:
         p = predictions.float().sigmoid()
         direction = _signs(p, generator) * (p * (1 - p)).sqrt()
+    elif predictions.shape[-1] <= _FEW_CLASSES:
+        direction = _eigen_signs(_distribution(predictions, read.counted), generator)
     else:
         p = _distribution(predictions, read.counted)
         direction = p.sqrt() * _signs(p, generator)
         direction -= p * direction.sum(-1, keepdim=True)
     return _where_counted(direction, read)
+
+
+def _eigen_signs(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Return Σ ±√λ v over the eigenvectors of the Fisher matrix of distributions [..., C]."""
+    wide = p.cpu().double()  # not every device has batches of small eigenproblems, nor FP64
+    wide = wide / wide.sum(-1, keepdim=True)  # in FP32 the sum is 1 but for its rounding
+    values, vectors = torch.linalg.eigh(torch.diag_embed(wide) - wide[..., :, None] * wide[..., None, :])
+    sizes = torch.where(values > _ROUNDING, values, 0.0).sqrt() * _signs(p, generator).cpu()
+    direction: Tensor = (vectors * sizes[..., None, :]).sum(-1)
+    return torch.where(wide > 0, direction, 0.0).to(p)
 
 
 def curvature(read: Readout) -> Tensor:

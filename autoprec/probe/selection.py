@@ -19,7 +19,7 @@ from autoprec.probe.batches import Batch, picked
 from autoprec.probe.directions import curvature
 from autoprec.probe.readout import Readout, ReadoutKind
 
-__all__ = ["Selection", "has_one_output", "select"]
+__all__ = ["Selection", "has_one_output", "select", "thinned"]
 
 Array = npt.NDArray[np.float64]
 
@@ -45,16 +45,27 @@ def select(batches: Sequence[Batch], reads: Sequence[Readout], count: int, seed:
     """Draw `count` examples, each batch's in its order; batches of which none is drawn are left out."""
     bends = [curvature(read).sum(dim=1).double().cpu().numpy() for read in reads]
     chances = np.split(_chances(np.concatenate(bends), count), np.cumsum([len(b) for b in bends])[:-1])
+    return _drawn(Selection(tuple(batches), tuple(np.ones(len(b)) for b in bends)), chances, seed)
+
+
+def thinned(selection: Selection, count: int, seed: int) -> Selection:
+    """Draw `count` of the examples of a selection, all with one chance; those left stand for the others, too."""
+    total = sum(len(stands_for) for stands_for in selection.stands_for)
+    chance = min(count / total, 1.0)
+    return _drawn(selection, [np.full(len(s), chance) for s in selection.stands_for], seed)
+
+
+def _drawn(selection: Selection, chances: Sequence[Array], seed: int) -> Selection:
+    """Draw systematically: an example is drawn where the running sum of chances passes the next whole number."""
     generator = np.random.default_rng(seed)
     found: list[tuple[Any, Array]] = []
     start = float(generator.random())
-    for batch, chance in zip(batches, chances, strict=True):
-        # systematic: an example is drawn where the running sum passes the next whole number
+    for batch, stands_for, chance in zip(selection.batches, selection.stands_for, chances, strict=True):
         reached = start + np.cumsum(chance)
         drawn = np.floor(reached + 1e-9) > np.floor(np.concatenate([[start], reached[:-1]]) + 1e-9)
         start = float(reached[-1])
         if drawn.any():
-            found.append((picked(batch, torch.from_numpy(np.flatnonzero(drawn))), 1 / chance[drawn]))
+            found.append((picked(batch, torch.from_numpy(np.flatnonzero(drawn))), stands_for[drawn] / chance[drawn]))
     return Selection(tuple(b for b, _ in found), tuple(s for _, s in found))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from autoprec.errors import MeasurementError
 from autoprec.formats import Format
 from autoprec.plan import Plan
-from autoprec.probe.batches import batch_rows, joined, separable
+from autoprec.probe.batches import Batch, batch_rows, joined, separable
 from autoprec.probe.clock import Clock
 from autoprec.probe.compare import Comparison, compare
 from autoprec.probe.directions import draw_direction
@@ -26,7 +26,7 @@ from autoprec.probe.pairs import one_example
 from autoprec.probe.passes import Tally, check_finite, first_bad_unit
 from autoprec.probe.readout import Readout
 from autoprec.probe.replay import Replayer
-from autoprec.probe.selection import has_one_output, select
+from autoprec.probe.selection import Selection, has_one_output, select, thinned
 from autoprec.probe.sites import Site, find_sites
 from autoprec.probe.workload import Workload
 from autoprec.quantities import duration_text
@@ -38,17 +38,21 @@ __all__ = ["Survey"]
 
 #: allowed by default: what so many passes over all batches take, so that a deep model costs no more for each unit than
 #: a shallow one; of few units, no more than a share of what measuring them one by one would take
-_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.12
-#: of the time allowed: passes end here, the rest is for direct measurements; and so much is for the second anchor
-_PASSES, _ANCHOR = 0.85, 0.1
+_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.115
+#: of the time allowed: passes end here, and the rest is for direct measurements, where it holds one at all; and so much
+#: is for the second anchor
+_PASSES, _ALL, _ANCHOR = 0.85, 0.98, 0.1
 #: floating-point operations of a forward below which batches are put together
-_SMALL_WORK = 4e9
+_SMALL_WORK = 2e9
+#: in forwards: a pass without replays, and a replay in one format (MiniLM, of which most is replayed in blocks: 2.0 to
+#: 2.5, and 1.3 to 2.1 as the mean of bf16 and an emulated format)
+_GRADIENT, _REPLAY = 2.5, 1.5
 #: a forward with one unit in another format over the plain one
 _WITH_CASTS = 1.2
 #: relative standard error of a typical unit below which no further pass is made
 _ENOUGH = 0.04
 #: of a classifier: below this a selection says too little
-_FEWEST_EXAMPLES = 16
+_FEWEST_EXAMPLES = 48
 _NOTHING_COUNTS = "no position counts: every label is -100 or masked. Give batches with labels to predict."
 
 
@@ -73,7 +77,8 @@ class Survey:
     reference: list[Comparison] = field(default_factory=list)
     #: what one unit in one format would take, measured directly on all batches
     each_seconds: float = 0.0
-    step_seconds: float = 0.0
+    step_seconds: float = 0.0  #: a forward of a batch as given
+    steps: int = 0  #: batches as given
     #: by unit, of the first batch
     activation_max: dict[str, float] = field(default_factory=dict)
     #: whether an example has one output and can be replayed without the others of its batch
@@ -86,20 +91,23 @@ class Survey:
             MeasurementError: the reference is not finite, nothing counts, or the time is too short for one pass.
         """
         self._first_look()
-        if not self._selectbatch_rows():
-            self._join_small_batches()
+        self._join_small_batches()
+        replayer = self._find_sites()
+        self._select_examples()
         order = list(range(len(self.workload.batches)))
         random.Random(self.seed).shuffle(order)
-        replayer = self._find_sites()
         begun = self.clock.elapsed
         self.tally.draw(replayer, self.workload, order[0], self.formats, self.seed)
         slowest = self.clock.elapsed - begun
         if math.isinf(self.clock.allowed):
             self.clock.allowed = self._allowance(slowest)
-        slowest = self._sweep(replayer, order[1:], slowest, 1 - _ANCHOR)
-        self._second_anchor(replayer, [i for i in order if i in self.tally.draws], slowest)
-        while self.clock.fits(slowest, _PASSES) and not self._is_enough():
-            self._sweep(replayer, order, slowest, _PASSES)
+        if self.tally.stands_for:
+            order = self._sweep_selected(replayer, order, slowest)
+        else:
+            slowest = self._sweep(replayer, order[1:], slowest, 1 - _ANCHOR)
+            self._second_anchor(replayer, [i for i in order if i in self.tally.draws], slowest)
+        while self.clock.fits(slowest, self._passes) and not self._is_enough():
+            self._sweep(replayer, order, slowest, self._passes)
         if not any(weight.sum() > 0 for weight in self.tally.weights.values()):
             raise MeasurementError(_NOTHING_COUNTS)
         if len(self.tally.draws) < len(order) and not self.tally.stands_for:
@@ -126,19 +134,23 @@ class Survey:
             check_finite(read, partial(first_bad_unit, self.workload, self.workload.batches[0]), 0)
             begun = time.monotonic()
             compare(read, read)
-            with applied(self.workload.model, self.base):
+            with applied(self.workload.model, self.base.replace(self._one_low()), self.emulate):
                 around = time.monotonic() - begun
-        self.step_seconds = step
+        self.step_seconds, self.steps = step, len(self.workload.batches)
         self.each_seconds = (_WITH_CASTS * step + around) * len(self.workload.batches)
         self.one_output = has_one_output(read) and all(map(separable, self.workload.batches))
-        # a forward, a backward and what is around them; in each format a replay, emulated ones at twice the price
-        least = step * (3 + 2 * len(self.formats))
+        least = self._replay_seconds(step)
         if self.clock.elapsed + least > self.clock.allowed:
             raise MeasurementError(
                 f"{duration_text(self.clock.allowed)} is too short for one pass: a forward, a backward and a replay in "
                 f"{len(self.formats)} formats take about {least:.2g} s here, after {self.clock.elapsed:.2g} s to get "
                 f"ready. Allow {math.ceil(self.clock.elapsed + 2 * least)} s or more, or use smaller batches."
             )
+
+    def _one_low(self) -> dict[str, Format]:
+        """Return one unit in the last format that a unit takes."""
+        pairs = [(u.name, f) for f in reversed(self.formats) for u in self.profile.units if f in u.formats]
+        return dict(pairs[:1])
 
     def _allowance(self, slowest: float) -> float:
         """Return the seconds allowed from the start on, given what the first pass took."""
@@ -156,35 +168,72 @@ class Survey:
         batch = self.workload.batches[index]
         return self.workload.readout(batch, self.workload.forward(batch))
 
-    def _selectbatch_rows(self) -> bool:
-        """Where there is no time to replay all examples of a classifier, choose those that matter; say whether."""
-        if not self.one_output:
-            return False
+    @property
+    def _passes(self) -> float:
+        """Return the share of the time allowed at which passes end."""
+        return _PASSES if (1 - _PASSES) * self.clock.allowed > self.each_seconds else _ALL
+
+    def _select_examples(self) -> None:
+        """Where there is no time to replay all examples of a classifier, choose those that matter."""
         batches = self.workload.batches
         count = sum(batch_rows(batch) for batch in batches)
         allowed = min(self.clock.allowed, self._share())
-        if math.isinf(allowed):
-            return False
-        left = _PASSES * allowed - self.clock.elapsed - len(batches) * self.step_seconds
-        # a forward, a backward, and a replay in each format, which of an emulated one takes two forwards
-        each = self.step_seconds * (2 + 1.5 * len(self.formats)) * len(batches) / count
-        fitting = int(left / each)
-        if fitting >= count:
-            return False
+        if not self.one_output or math.isinf(allowed):
+            return
+        if self.clock.elapsed + self._replay_seconds(self.step_seconds) * self.steps < _ALL * allowed:
+            return
+        begun = self.clock.elapsed
         with torch.no_grad():
             reads = [self._reference(index) for index in range(len(batches))]
+        each = self._replay_seconds((self.clock.elapsed - begun) / count)
+        fitting = int((_ALL * allowed - self.clock.elapsed) / each)
         for index, read in enumerate(reads):
             check_finite(read, partial(first_bad_unit, self.workload, batches[index]), index)
+        if fitting >= count:
+            return
         chosen = select(batches, reads, max(fitting, min(_FEWEST_EXAMPLES, count)), self.seed)
         self.reference = [compare(read, read) for read in reads]
-        self.workload = self.workload.with_batches(chosen.batches)
-        self._join_small_batches()
+        self.workload = self.workload.with_batches(joined(chosen.batches, self._rows_together(chosen.batches)))
         ends = np.cumsum([batch_rows(batch) for batch in self.workload.batches])
         self.tally.stands_for |= dict(enumerate(np.split(np.concatenate(chosen.stands_for), ends[:-1])))
         # each counts alike in the mean: what it stands for is in its effect
         self.tally.weights |= {i: np.full(len(s), count / float(ends[-1])) for i, s in self.tally.stands_for.items()}
-        self.notes.append(f"of {count} examples {ends[-1]} were replayed, drawn by the curvature at their output")
-        return True
+        self.notes.append(
+            f"of {count} examples {ends[-1]} were chosen for replay, drawn by the curvature at their output"
+        )
+
+    def _replay_seconds(self, forward: float) -> float:
+        """Return about what a pass takes: a forward, a backward, a replay in each format, emulated ones at twice that.
+
+        A layer that is replayed within its block takes that block's other layers along.
+        """
+        return forward * (_GRADIENT + _REPLAY * len(self.formats))
+
+    def _sweep_selected(self, replayer: Replayer, order: Sequence[int], first: float) -> list[int]:
+        """Replay all examples chosen, given what the first batch took; the rest is thinned where time is too short.
+
+        Returns the batches replayed.
+        """
+        batches, tally, rest = self.workload.batches, self.tally, list(order[1:])
+        rows = sum(batch_rows(batches[i]) for i in rest)
+        each = first / batch_rows(batches[order[0]])
+        fitting = max(int((_ALL * self.clock.allowed - self.clock.elapsed) / each), 1)
+        if fitting < rows:
+            left = Selection(tuple(batches[i] for i in rest), tuple(tally.stands_for[i] for i in rest))
+            fewer, weight = thinned(left, fitting, self.seed), sum(tally.weights[i].sum() for i in rest)
+            rest = [len(batches) + i for i in range(len(fewer.batches))]
+            kept = sum(len(s) for s in fewer.stands_for)
+            self.workload = self.workload.with_batches((*batches, *fewer.batches))
+            tally.stands_for |= dict(zip(rest, fewer.stands_for, strict=True))
+            tally.weights |= {i: np.full(len(tally.stands_for[i]), float(weight) / kept) for i in rest}
+        for index in rest:
+            tally.draw(replayer, self.workload, index, self.formats, self.seed)
+        self._say(f"{tally.passes} passes made")
+        return [order[0], *rest]
+
+    def _rows_together(self, batches: Sequence[Batch]) -> int:
+        work = 2 * self.profile.parameters * max(self.workload.tokens(batches[0]), 1)
+        return int(_SMALL_WORK / work * batch_rows(batches[0]))
 
     def _join_small_batches(self) -> None:
         """Replay small batches together: of a small model most of a pass is the interpreter's work, whatever its rows.
@@ -192,14 +241,15 @@ class Survey:
         Not where an output depends on what else is in its batch, as in contrastive models.
         """
         batches = self.workload.batches
-        work = 2 * self.profile.parameters * max(self.workload.tokens(batches[0]), 1)
-        together = joined(batches, int(_SMALL_WORK / work * batch_rows(batches[0])))
+        together = joined(batches, self._rows_together(batches))
         if len(together) == len(batches):
             return
+        first, second = one_example(batches[0]), one_example(batches[1])
+        both = joined([first, second], 2 * batch_rows(first))[0]
         with torch.no_grad():
-            alone = self._reference(0).predictions
-            among = self.workload.readout(together[0], self.workload.forward(together[0])).predictions
-        # the order of sums differs with the batch's size; another batch beside it would change far more than this
+            alone = self.workload.readout(first, self.workload.forward(first)).predictions
+            among = self.workload.readout(both, self.workload.forward(both)).predictions
+        # the order of sums differs with the batch's size; another example beside it would change far more than this
         alike = alone.shape[1:] == among.shape[1:] and torch.allclose(
             among[: len(alone)], alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max())
         )
@@ -226,9 +276,9 @@ class Survey:
         return Replayer(self.workload, self.sites, self.modules, self.ambient)
 
     def _sweep(self, replayer: Replayer, order: Sequence[int], slowest: float, share: float) -> float:
-        """Draw each batch once more, as long as there is time; return what the slowest took."""
+        """Draw each batch once more, the least drawn first, while there is time; return what the slowest took."""
         seen = 0.0
-        for index in order:
+        for index in sorted(order, key=lambda index: self.tally.draws.get(index, 0)):
             if not self.clock.fits(seen or slowest, share):
                 break
             begun = self.clock.elapsed
