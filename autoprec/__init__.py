@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from autoprec.runtime.attach import Applied, applied, apply
     from autoprec.runtime.audit import audit
     from autoprec.study.run import search
+    from autoprec.study.sampler import FrontSampler
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Applied": "autoprec.runtime.attach",
     "AutoprecError": "autoprec.errors",
+    "FrontSampler": "autoprec.study.sampler",
     "Plan": "autoprec.plan",
     "Recommendation": "autoprec.recommender.recommender",
     "SearchResult": "autoprec.records",
@@ -47,6 +49,7 @@ _HOMES = {
 __all__ = [
     "Applied",
     "AutoprecError",
+    "FrontSampler",
     "Plan",
     "Recommendation",
     "SearchResult",

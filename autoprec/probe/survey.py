@@ -38,7 +38,7 @@ __all__ = ["Survey"]
 
 #: allowed by default: what so many passes over all batches take, so that a deep model costs no more for each unit than
 #: a shallow one; of few units, no more than a share of what measuring them one by one would take
-_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.115
+_SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.12
 #: of the time allowed: passes end here, and the rest is for direct measurements, where it holds one at all; and so much
 #: is for the second anchor
 _PASSES, _ALL, _ANCHOR = 0.85, 0.98, 0.1
@@ -79,6 +79,7 @@ class Survey:
     each_seconds: float = 0.0
     step_seconds: float = 0.0  #: a forward of a batch as given
     steps: int = 0  #: batches as given
+    _around: float = 0.0  #: seconds of putting a plan on and of comparing, a batch
     #: by unit, of the first batch
     activation_max: dict[str, float] = field(default_factory=dict)
     #: whether an example has one output and can be replayed without the others of its batch
@@ -136,8 +137,8 @@ class Survey:
             compare(read, read)
             with applied(self.workload.model, self.base.replace(self._one_low()), self.emulate):
                 around = time.monotonic() - begun
-        self.step_seconds, self.steps = step, len(self.workload.batches)
-        self.each_seconds = (_WITH_CASTS * step + around) * len(self.workload.batches)
+        self.steps, self._around = len(self.workload.batches), around
+        self._step_takes(step)
         self.one_output = has_one_output(read) and all(map(separable, self.workload.batches))
         least = self._replay_seconds(step)
         if self.clock.elapsed + least > self.clock.allowed:
@@ -146,6 +147,11 @@ class Survey:
                 f"{len(self.formats)} formats take about {least:.2g} s here, after {self.clock.elapsed:.2g} s to get "
                 f"ready. Allow {math.ceil(self.clock.elapsed + 2 * least)} s or more, or use smaller batches."
             )
+
+    def _step_takes(self, seconds: float) -> None:
+        """Note what a forward of a batch takes, and with it what one unit measured directly on all batches would."""
+        self.step_seconds = seconds
+        self.each_seconds = (_WITH_CASTS * seconds + self._around) * self.steps
 
     def _one_low(self) -> dict[str, Format]:
         """Return one unit in the last format that a unit takes."""
@@ -185,7 +191,10 @@ class Survey:
         begun = self.clock.elapsed
         with torch.no_grad():
             reads = [self._reference(index) for index in range(len(batches))]
-        each = self._replay_seconds((self.clock.elapsed - begun) / count)
+        taken = self.clock.elapsed - begun
+        if len(batches) == self.steps:  # not put together: then these are the forwards that measuring would take
+            self._step_takes(taken / self.steps)
+        each, allowed = self._replay_seconds(taken / count), min(self.clock.allowed, self._share())
         fitting = int((_ALL * allowed - self.clock.elapsed) / each)
         for index, read in enumerate(reads):
             check_finite(read, partial(first_bad_unit, self.workload, batches[index]), index)

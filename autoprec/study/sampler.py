@@ -1,0 +1,337 @@
+"""An Optuna sampler that knows what it searches: sums over units, whose best trade-offs can be computed.
+
+Each unit's drop and time in each format is believed to be normal (`belief`); finished trials, whoever proposed them,
+sharpen the belief; the exact front of what is believed (`front`) is where the next trial is looked for: the point that
+is expected to add most to the hypervolume of log drop × time.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from autoprec.errors import StudyError
+from autoprec.study.belief import Posterior
+from autoprec.study.chain import Border, Chain, ChainUnit, Choice
+from autoprec.study.front import predicted_front
+from autoprec.study.hypervolume import expected_gain, front_of
+from autoprec.study.priors import Names, Prior, drop_belief, time_belief
+
+__all__ = ["FrontSampler"]
+
+Array = npt.NDArray[np.float64]
+Picks = npt.NDArray[np.int8]
+
+#: trials that a belief is built from at most: the front's, and the latest
+_MOST_TRIALS = 256
+#: partial assignments kept for each state: what a front of 200 units takes stays under 0.2 s
+_STATES = 48
+#: units up to which a second front, of one draw of the belief, is looked at as well
+_FEW_UNITS = 64
+#: assignments next to the fronts that are looked at where the fronts have nothing left
+_NEIGHBOURS = 512
+#: gains below this share of the hypervolume had are not worth a trial; learning is
+_LITTLE = 1e-5
+#: random assignments tried before a space counts as exhausted
+_TRIES = 200
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seen:
+    """Trials as picks [N, units]: `measured` with log drop and time [M, 2], `failed`, and those under way."""
+
+    measured: Picks
+    values: Array
+    failed: Picks
+    running: Picks
+
+    @property
+    def keys(self) -> set[bytes]:
+        """All assignments that need no further trial."""
+        return {row.tobytes() for part in (self.measured, self.failed, self.running) for row in part}
+
+
+class FrontSampler(BaseSampler):
+    """Proposes formats of units for a study that minimises (drop, time).
+
+    Args:
+        units: the formats each unit may take, by name, in the order in which the units run; the study's parameters
+            are categorical, named as the units.
+        drop_prior: a `SensitivityProfile`, or for each unit and format a value or `Estimate` in the study's unit of
+            drop; None: nothing is known.
+        time_prior: likewise, in the study's unit of time, of one unit in a format (only differences count).
+        border_ms: time where two neighbours differ, or per pair of neighbours a table by formats.
+        log_drop: judge points by the logarithm of their drop, as their hypervolume is judged.
+        drop_floor: drops below it count as it.
+        corner: (drop, time) up to which points count; None: the worst values seen.
+        seed: of what is drawn.
+
+    Parameters that are no units, and studies of other objectives, are sampled at random. Not promised: that drops add
+    up, which the sampler takes for granted up to a noise that it learns.
+
+    Raises:
+        StudyError: a unit without formats, a prior of a unit or format that is not there, or a corner below the floor.
+    """
+
+    def __init__(
+        self,
+        units: Mapping[str, Sequence[str]],
+        drop_prior: Prior = None,
+        time_prior: Prior = None,
+        border_ms: Border = 0.0,
+        log_drop: bool = True,
+        drop_floor: float = 1e-9,
+        corner: tuple[float, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._names = Names.of(units)
+        self._log, self._floor = log_drop, drop_floor
+        if not drop_floor > 0:
+            raise StudyError(f"drop_floor is {drop_floor}; it is a drop below which none matters, such as 1e-9")
+        if corner is not None and not (corner[0] > drop_floor and corner[1] > 0):
+            raise StudyError(f"corner {corner} holds no points: it is the largest drop and time that count")
+        self._corner = corner
+        self._drop = drop_belief(self._names, drop_prior, drop_floor)
+        self._time_prior = time_prior
+        time_belief(self._names, time_prior, 1.0)  # a slip in the prior is told now, not at the first trial
+        self._border = border_ms
+        flat = [ChainUnit(n, tuple(Choice(f, 0.0, 0.0) for f in fs)) for n, fs in self._names.formats.items()]
+        self._casts = Chain(tuple(flat), border_ms)
+        self._distributions: dict[str, BaseDistribution] = {
+            name: CategoricalDistribution([str(f) for f in formats]) for name, formats in self._names.formats.items()
+        }
+        self._random, self._generator = RandomSampler(seed=seed), np.random.default_rng(seed)
+        #: finished trials do not change: their picks and values, by study and number
+        self._known: dict[tuple[str, int], tuple[bytes, float, float] | None] = {}
+        self._lock = threading.Lock()
+
+    # what Optuna calls
+
+    def reseed_rng(self) -> None:
+        """Draw otherwise from here on, as Optuna asks of samplers copied to workers."""
+        self._random.reseed_rng()
+        self._generator = np.random.default_rng()
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the units' distributions, or none where the study does not minimise two objectives."""
+        if study.directions != [optuna.study.StudyDirection.MINIMIZE] * 2:
+            return {}
+        fixed = trial.system_attrs.get("fixed_params", {})
+        return {} if set(fixed) >= set(self._distributions) else dict(self._distributions)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return a format for each unit; of other parameters, values at random."""
+        found = {
+            name: self._random.sample_independent(study, trial, name, distribution)
+            for name, distribution in search_space.items()
+            if name not in self._distributions
+        }
+        if not set(search_space) >= set(self._distributions):
+            return found
+        with self._lock:
+            picks = self._propose(self._look(study, trial.number))
+        chosen = {n: str(fs[k]) for (n, fs), k in zip(self._names.formats.items(), picks, strict=True)}
+        return found | chosen
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return a value at random."""
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+    # what the study knows
+
+    def _look(self, study: optuna.Study, own: int) -> _Seen:
+        measured, values, failed, running = [], [], [], []
+        foreign = 0
+        for trial in study.get_trials(deepcopy=False):
+            row = self._row(study.study_name, trial)
+            if row is None:
+                foreign += trial.state.is_finished()
+            elif not trial.state.is_finished():
+                if trial.number != own:
+                    running.append(row[0])
+            elif math.isnan(row[1]):
+                failed.append(row[0])
+            else:
+                measured.append(row[0])
+                values.append(row[1:])
+        if foreign and not measured:
+            warnings.warn(
+                f"{foreign} trials of the study set other parameters than the units {', '.join(self._names.few())}, "
+                "or formats that these do not take; nothing is learnt from them",
+                stacklevel=2,
+            )
+        return _Seen(self._table(measured), np.array(values).reshape(-1, 2), self._table(failed), self._table(running))
+
+    def _table(self, rows: Sequence[bytes]) -> Picks:
+        table: Picks = np.frombuffer(b"".join(rows), dtype=np.int8).reshape(len(rows), len(self._names.formats))
+        return table
+
+    def _row(self, study: str, trial: FrozenTrial) -> tuple[bytes, float, float] | None:
+        """Return a trial's picks and values, NaN where it failed; None where it is not one of these units."""
+        key = (study, trial.number)
+        if key in self._known:
+            return self._known[key]
+        params = trial.params if trial.params else trial.system_attrs.get("fixed_params", {})
+        picks = self._names.picks(params)
+        row = None
+        if picks is not None:
+            drop, time = trial.values if trial.state is TrialState.COMPLETE and trial.values else (math.nan, math.nan)
+            good = math.isfinite(drop) and math.isfinite(time)
+            level = max(drop, self._floor)
+            row = (picks, math.log(level) if good else math.nan, time)
+        if trial.state.is_finished():
+            self._known[key] = row
+        return row
+
+    # what comes next
+
+    def _propose(self, seen: _Seen) -> Sequence[int]:
+        """Return the picks of the most promising assignment not seen yet."""
+        drop, time = self._learn(seen)
+        fronts = self._fronts(drop, time)
+        candidates = self._unseen(fronts, seen)
+        gain = self._gains(candidates, seen, drop, time)
+        if not len(candidates) or gain.max() <= _LITTLE:
+            near = self._unseen(self._neighbours(fronts, seen), seen)
+            more = self._gains(near, seen, drop, time)
+            candidates, gain = np.concatenate([candidates, near]), np.concatenate([gain, more])
+        if not len(candidates):
+            return self._anything(seen, drop, time)
+        if gain.max() <= _LITTLE:  # nothing left to gain, as far as is believed: see what is least certain
+            gain = self._doubt(candidates, drop, time)
+        best: list[int] = candidates[int(np.argmax(gain * self._chance(candidates, seen)))].tolist()
+        return best
+
+    def _learn(self, seen: _Seen) -> tuple[Posterior, Posterior]:
+        chosen = np.arange(len(seen.measured))
+        if len(chosen) > _MOST_TRIALS:
+            best = front_of(seen.values)
+            on = np.flatnonzero((seen.values[:, None] == best[None]).all(axis=2).any(axis=1))
+            chosen = np.unique(np.concatenate([on, chosen[-_MOST_TRIALS:]]))
+        rows, values = self._names.hot(seen.measured[chosen]), seen.values[chosen]
+        casts = self._casts.cost(seen.measured[chosen].astype(np.intp))[1]
+        scale = float(np.median(seen.values[:, 1])) if len(seen.values) else 1.0
+        time = time_belief(self._names, self._time_prior, scale)
+        constant = np.ones((len(rows), 1))
+        return (
+            self._drop.given(rows[:, self._names.costly], values[:, 0]),
+            time.given(np.concatenate([constant, rows[:, self._names.costly]], axis=1), values[:, 1] - casts),
+        )
+
+    def _predict(self, picks: Picks, drop: Posterior, time: Posterior) -> tuple[Array, Array]:
+        """Return mean and standard deviation [N, 2] of log drop (or drop) and time."""
+        rows = self._names.hot(picks)[:, self._names.costly]
+        level, doubt = drop.predict(rows, noisy=True)
+        if not self._log:
+            level = np.exp(level)
+            doubt = level * doubt
+        steps, spread = time.predict(np.concatenate([np.ones((len(rows), 1)), rows], axis=1))
+        casts = self._casts.cost(picks.astype(np.intp))[1] if len(picks) else np.zeros(0)
+        return np.stack([level, steps + casts], axis=1), np.stack([doubt, spread], axis=1)
+
+    def _fronts(self, drop: Posterior, time: Posterior) -> Picks:
+        """Return the points of the front of what is believed, and of one draw of it."""
+        draws = [(drop.mean, time.mean[1:])]
+        if len(self._names.formats) <= _FEW_UNITS:
+            draws.append((drop.draw(self._generator), time.draw(self._generator)[1:]))
+        found = [
+            predicted_front(self._names.chain(*draw), border_ms=self._border, max_states=_STATES).picks
+            for draw in draws
+        ]
+        return np.unique(np.concatenate(found), axis=0)
+
+    def _gains(self, candidates: Picks, seen: _Seen, drop: Posterior, time: Posterior) -> Array:
+        """Return the expected gains of hypervolume as shares of what the corner allows."""
+        if not len(candidates):
+            return np.zeros(0)
+        mean, deviation = self._predict(candidates, drop, time)
+        points = seen.values.copy() if self._log else np.stack([np.exp(seen.values[:, 0]), seen.values[:, 1]], axis=1)
+        waiting, _ = self._predict(seen.running, drop, time)  # taken for what they are believed to give
+        points = np.concatenate([points, waiting])
+        corner, least = self._bounds(points, mean)
+        area = float(np.prod(corner - least))
+        return expected_gain(mean, deviation, points, corner) / max(area, 1e-300)
+
+    def _bounds(self, points: Array, mean: Array) -> tuple[Array, Array]:
+        every = np.concatenate([points, mean])
+        if self._corner is None:
+            corner = every.max(axis=0)
+        else:
+            level = self._corner[0]
+            corner = np.array([math.log(level) if self._log else level, self._corner[1]])
+        return corner, np.minimum(every.min(axis=0), corner - 1e-12)
+
+    def _doubt(self, candidates: Picks, drop: Posterior, time: Posterior) -> Array:
+        """Return how uncertain candidates are, each axis in units of what is usual."""
+        _, deviation = self._predict(candidates, drop, time)
+        doubt: Array = (deviation / np.maximum(np.median(deviation, axis=0), 1e-300)).sum(axis=1)
+        return doubt
+
+    def _chance(self, candidates: Picks, seen: _Seen) -> Array:
+        """Return the chance that a candidate does not fail: what only failed trials had is suspected in equal parts."""
+        chance: Array = np.ones(len(candidates))
+        if not len(seen.failed):
+            return chance
+        good = self._names.hot(seen.measured).any(axis=0)
+        rows = self._names.hot(candidates)
+        for row in self._names.hot(seen.failed):
+            suspects = np.flatnonzero((row > 0) & ~good)
+            if len(suspects):
+                chance *= (1 - 1 / len(suspects)) ** rows[:, suspects].sum(axis=1) + 1e-9
+        return chance
+
+    def _neighbours(self, fronts: Picks, seen: _Seen) -> Picks:
+        """Return what differs in one unit from points of the fronts, believed and measured; a sample where many."""
+        base = fronts
+        if len(seen.values):
+            best = front_of(seen.values)
+            on = (seen.values[:, None] == best[None]).all(axis=2).any(axis=1)
+            base = np.concatenate([base, seen.measured[on]])
+        pairs = [(i, k) for i, formats in enumerate(self._names.formats.values()) for k in range(len(formats))]
+        every = len(base) * len(pairs)
+        chosen = self._generator.choice(every, min(every, _NEIGHBOURS), replace=False)
+        found = base[chosen // len(pairs)].copy()
+        unit, pick = np.array(pairs)[chosen % len(pairs)].T
+        found[np.arange(len(found)), unit] = pick
+        return np.unique(found, axis=0)
+
+    def _unseen(self, picks: Picks, seen: _Seen) -> Picks:
+        keys = seen.keys
+        left: Picks = picks[np.array([row.tobytes() not in keys for row in picks], dtype=bool)]
+        return left
+
+    def _anything(self, seen: _Seen, drop: Posterior, time: Posterior) -> Sequence[int]:
+        """Return an assignment not seen, at random; where the space is exhausted, the least certain of the measured."""
+        keys = seen.keys
+        for picks in self._random_picks():
+            if picks.tobytes() not in keys:
+                random: list[int] = picks.tolist()
+                return random
+        if not len(seen.measured):
+            first: list[int] = next(self._random_picks()).tolist()
+            return first
+        again: list[int] = seen.measured[int(np.argmax(self._doubt(seen.measured, drop, time)))].tolist()
+        return again
+
+    def _random_picks(self) -> Iterator[Picks]:
+        sizes = [len(formats) for formats in self._names.formats.values()]
+        if math.prod(sizes) <= _TRIES:
+            yield from np.array(list(np.ndindex(*sizes)), dtype=np.int8)
+        else:
+            for _ in range(_TRIES):
+                yield self._generator.integers(sizes).astype(np.int8)
