@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,7 +21,9 @@ from autoprec.plan import Plan
 from autoprec.probe.batches import batch_to
 from autoprec.probe.compare import Comparison, Summary, compare, median_ci95, summarise
 from autoprec.probe.gradient import GradientError, gradient_error
+from autoprec.probe.pacing import pace
 from autoprec.probe.pairs import LONG_STEP_SECONDS, Pairs, first_ratio, one_example, out_of_memory
+from autoprec.probe.passes import first_bad_unit
 from autoprec.probe.readout import Readout, ReadoutKind
 from autoprec.probe.steps import Peak, Stepper, device_of, kept_state, peak_bytes, plain_fp32
 from autoprec.probe.workload import Workload
@@ -37,7 +40,8 @@ class Request:
     At least `min_pairs` pairs are timed, then more until the interval of their ratio is narrow, `timing_seconds` are
     spent or `max_pairs` are had; after `deadline` (as `time.monotonic` counts) one pair will do.
     `reference_ms` is the clock of a study: step times are this divided by the speedup. A plan slower than
-    `stop_slower` times the reference after its first step is stopped.
+    `stop_slower` times the reference after its first step is stopped; one of which `is_hopeless` says so, told the
+    drops of the batches so far, sees no more batches, and as few pairs as may be. `drop_only` leaves out all but drops.
     """
 
     workload: Workload
@@ -51,6 +55,8 @@ class Request:
     stop_slower: float | None = None
     gradient_batches: int = 2
     deadline: float = float("inf")
+    is_hopeless: Callable[[Sequence[float]], bool] | None = None
+    drop_only: bool = False
 
 
 def measure(workload: Workload, plan: Plan, emulate: bool = False, device: str = "auto") -> Measurement:
@@ -102,6 +108,12 @@ def _evaluate(request: Request) -> Measurement:
     with kept_state(workload.model, weights=training), plain_fp32(device.type):
         handle = apply(workload.model, plan, request.emulate)
         try:
+            if request.drop_only:
+                handle.model.eval()
+                kind, parts = _drop(request, handle, Pairs())
+                if fault := _not_finite(workload, parts):
+                    return _stopped(request, fault)
+                return _drops_alone(request, summarise(kind, parts), parts)
             with kept_state(workload.model, weights=training):  # 0 times a NaN gradient would still spoil a weight
                 reason = _too_slow(request, handle)
             if reason is not None:
@@ -109,8 +121,10 @@ def _evaluate(request: Request) -> Measurement:
             handle.model.eval()
             timing = Pairs()
             kind, parts = _drop(request, handle, timing)
-            if not all(part.finite for part in parts):
-                return _stopped(request, "the output is not finite (an overflow in a unit, or NaN from it)")
+            if fault := _not_finite(workload, parts):
+                return _stopped(request, fault)
+            if len(parts) < len(workload.batches):
+                request = replace(request, min_pairs=min(request.min_pairs, 2), timing_seconds=0.0)
             gradient = (
                 gradient_error(workload, handle, request.gradient_batches)
                 if training
@@ -124,7 +138,7 @@ def _evaluate(request: Request) -> Measurement:
             if handle._attached:
                 handle.remove()
     metric = _metric(request)
-    return _measurement(request, summarise(kind, parts), gradient, timing, peak, metric)
+    return _measurement(request, summarise(kind, parts), parts, gradient, timing, peak, metric)
 
 
 # drop
@@ -142,11 +156,28 @@ def _drop(request: Request, handle: Applied, timing: Pairs) -> tuple[ReadoutKind
             kind = reference.kind
             _check_reference(reference, index)
             parts.append(compare(reference, workload.readout(batch, own)))
+            if request.is_hopeless and request.is_hopeless(_batch_drops(parts)):
+                break
     if not any(part.weight.sum() > 0 for part in parts):
         raise MeasurementError(
             "no position counts: every label is -100 or masked. Give batches with labels to predict."
         )
     return kind, parts
+
+
+def _not_finite(workload: Workload, parts: Sequence[Comparison]) -> str | None:
+    """Say in which unit of the plan, still on, values stop being finite; None where all outputs are."""
+    bad = next((index for index, part in enumerate(parts) if not part.finite), None)
+    if bad is None:
+        return None
+    with torch.no_grad():
+        return f"the output is not finite on batch {bad}: {first_bad_unit(workload, workload.batches[bad])}"
+
+
+def _batch_drops(parts: Sequence[Comparison]) -> tuple[float, ...]:
+    """Return the mean drop of each batch in which anything counts."""
+    counted = [part for part in parts if part.weight.sum() > 0]
+    return tuple(max(float(part.drop.sum() / part.weight.sum()), 0.0) for part in counted)
 
 
 def _check_reference(reference: Readout, batch: int) -> None:
@@ -218,13 +249,21 @@ def _metric(request: Request) -> float | None:
 
 
 def _measurement(
-    request: Request, summary: Summary, gradient: GradientError, timing: Pairs, peak: Peak, metric: float | None
+    request: Request,
+    summary: Summary,
+    parts: Sequence[Comparison],
+    gradient: GradientError,
+    timing: Pairs,
+    peak: Peak,
+    metric: float | None,
 ) -> Measurement:
     fake = request.emulate and Format.FP8 in request.plan.formats
     speedup, speedup_ci = timing.ratio()
     reference_ms = median_ci95(timing.reference_s)[0] * 1e3
     clock = request.reference_ms or reference_ms
     reasons = [r for r in (gradient.reason, peak.reason) if r]
+    if len(parts) < len(request.workload.batches):
+        reasons.append(f"stopped after {len(parts)} of {len(request.workload.batches)} batches: too large a drop")
     if fake:
         reasons.append("FP8 is emulated: its numbers are real, its speed and memory are not measured")
     return Measurement(
@@ -242,6 +281,7 @@ def _measurement(
         reference_step_ms=reference_ms,
         speedup=None if fake else speedup,
         speedup_ci95=None if fake else speedup_ci,
+        pace=None if fake else str(pace(timing.reference_s, timing.plan_s).answer),
         peak_bytes=None if fake else peak.bytes,
         metric=metric,
         origin=MeasurementOrigins(
@@ -251,6 +291,20 @@ def _measurement(
             metric=None if metric is None else Origin.EMULATED if fake else Origin.MEASURED,
         ),
         reason="; ".join(reasons) or None,
+        batch_drops=_batch_drops(parts),
+    )
+
+
+def _drops_alone(request: Request, summary: Summary, parts: Sequence[Comparison]) -> Measurement:
+    fake = request.emulate and Format.FP8 in request.plan.formats
+    return Measurement(
+        name=request.name,
+        assignment=request.plan.assignment,
+        drop=summary.drop.value,
+        drop_ci95=summary.drop.ci95,
+        drop_percent=summary.drop_percent,
+        origin=MeasurementOrigins(drop=Origin.EMULATED if fake else Origin.MEASURED),
+        batch_drops=_batch_drops(parts),
     )
 
 

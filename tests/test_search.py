@@ -43,7 +43,7 @@ from autoprec.records import (
 from autoprec.runtime.scope import Scope
 from autoprec.study import course
 
-FILES = {"device.json", "units.json", "study.journal", "trials.csv", "result.json", "run.lock"}
+FILES = {"device.json", "units.json", "sensitivity.json", "study.journal", "trials.csv", "result.json", "run.lock"}
 RESULT_KEYS = {
     "schema", "reference", "baselines", "front", "chosen", "verdict", "trials", "evaluations", "seconds",
     "predicted_bound",
@@ -269,7 +269,7 @@ def test_a_plan_of_an_earlier_verdict_does_not_stay(tmp_path: Path, monkeypatch:
 
 def test_the_small_space_is_seen_whole_and_nothing_twice(tmp_path: Path) -> None:
     work, out = workload(), tmp_path / "run"
-    result = search(work, budget=300, space="roles", out=out)
+    result = search(work, budget=300, trials=99, space="roles", out=out)  # without, it ends where nothing is to gain
     # 2^4 assignments, of which uniform bf16 is measured as a baseline
     units = ["embeddings", "blocks.0.attention", "blocks.0.ffn", "blocks.1.attention", "blocks.1.ffn", "lm_head"]
     seen = [tuple(r[u] for u in units) for r in table(out) if r["trial"] or r["reason"] == "baseline uniform bf16"]
@@ -305,6 +305,7 @@ def test_a_budget_ends_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Time is counted, not waited for: each measurement 'takes' ten seconds of a clock that we turn."""
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(course, "sensitivity_of", lambda *_: (None, None))  # it would wait for the clock
 
     def change(request: Request, measure: Evaluate) -> Measurement:
         now[0] += 10.0
@@ -321,6 +322,7 @@ def test_baselines_that_do_not_fit_are_left_out_and_measured_on_resume(
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(course, "sensitivity_of", lambda *_: (None, None))  # it would wait for the clock
 
     def change(request: Request, measure: Evaluate) -> Measurement:
         now[0] += 10.0

@@ -23,7 +23,7 @@ from autoprec.formats import Format, Fp8Family, Fp8Recipe
 from autoprec.plan import Plan
 from autoprec.probe.units import probe_units
 from autoprec.records import DeviceProfile, FormatSupport, Mode, ModelProfile, Origin, Role, Support
-from autoprec.study.baselines import baselines, role_seeds
+from autoprec.study.baselines import baselines
 from autoprec.study.space import build_space, describe, split_units
 
 FP32, BF16, FP16, FP8 = Format
@@ -401,13 +401,3 @@ def test_a_leaf_without_an_fp8_kernel_is_told_before_anything_runs() -> None:
     assert found["uniform fp8"].plan is None
     assert found["uniform fp8"].reason == "lm_head: FP8 kernels need multiples of 16, and this leaf is 32x97"
     assert found["fp8 with high edges"].plan is not None  # its head is high
-
-
-def test_role_seeds_set_one_role_apart() -> None:
-    seeds = role_seeds(gpt2(), BF16)
-    assert len(seeds) == 2 * 3  # attention, ffn, lm_head
-    space = build_space("roles", gpt2(), CPU)
-    choices = [space.choices(seed) for seed in seeds]
-    assert choices[0] == {"embedding": "fp32", "attention": "fp32", "ffn": "bf16", "lm_head": "bf16"}
-    assert choices[1] == {"embedding": "fp32", "attention": "bf16", "ffn": "fp32", "lm_head": "fp32"}
-    assert all(c is not None for c in choices)

@@ -30,7 +30,7 @@ def command(what: str, as_json: bool) -> None:
 
     PLAN is a plan.json; RUN is a run folder or its result.json.
     """
-    from autoprec.report.terminal import print_paths, print_plan, print_result
+    from autoprec.report.terminal import print_explained, print_paths, print_plan, print_result
 
     path = _file_of(Path(what))
     schema, record = _read(path)
@@ -48,6 +48,7 @@ def command(what: str, as_json: bool) -> None:
         return
     console = result_console()
     print_result(console, record)
+    print_explained(console, record)
     beside = path.with_name("plan.json")
     if record.chosen is not None and beside.exists():
         console.print()

@@ -225,7 +225,7 @@ class Survey:
         """
         batches, tally, rest = self.workload.batches, self.tally, list(order[1:])
         rows = sum(batch_rows(batches[i]) for i in rest)
-        each = first / batch_rows(batches[order[0]])
+        each = max(first, 1e-9) / batch_rows(batches[order[0]])  # a clock may be coarse
         fitting = max(int((_ALL * self.clock.allowed - self.clock.elapsed) / each), 1)
         if fitting < rows:
             left = Selection(tuple(batches[i] for i in rest), tuple(tally.stands_for[i] for i in rest))
@@ -300,7 +300,7 @@ class Survey:
         """Run some batches with every unit low. One costs about as much as a pass for each format."""
         each = slowest * (1 + len(self.formats)) / 2
         room = min(_ANCHOR * self.clock.allowed, self.clock.allowed - self.clock.elapsed)
-        count = min(len(order), max(1, len(self.workload.batches) // 4), int(room / each))
+        count = min(len(order), max(1, len(self.workload.batches) // 4), int(room / max(each, 1e-9)))
         if count < 1:
             self.notes.append("no second anchor: the time allowed is too short for it")
         for index in order[:count]:

@@ -7,7 +7,16 @@ from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Supp
 from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
 from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
-from autoprec.records.searched import Progress, Removal, SearchResult, Verdict, VerdictDecision
+from autoprec.records.searched import (
+    Confirmed,
+    Explained,
+    Progress,
+    Removal,
+    SearchResult,
+    Step,
+    Verdict,
+    VerdictDecision,
+)
 from autoprec.records.sensitivity import Method, SensitivityProfile, UnitDrop, UnitNumerics
 from autoprec.records.verified import Check, CheckOutcome, Verification
 
@@ -19,9 +28,11 @@ __all__ = [
     "CastRow",
     "Check",
     "CheckOutcome",
+    "Confirmed",
     "DeviceProfile",
     "Direction",
     "Estimate",
+    "Explained",
     "Figure",
     "FormatSupport",
     "GemmRate",
@@ -41,6 +52,7 @@ __all__ = [
     "Role",
     "SearchResult",
     "SensitivityProfile",
+    "Step",
     "Support",
     "Task",
     "Unit",

@@ -43,7 +43,7 @@ class Measurement:
     `speedup` is the median of paired ratios reference / plan. `step_ms` is the median reference step divided by it:
     of `reference_step_ms`, this measurement's own, or of a whole search, so that its figures share one clock. `drop`
     is in nats, or a relative squared error for models of values.
-    A figure that was not measured is None; `reason` says why.
+    `batch_drops` are drops by batch, in their order. A figure that was not measured is None; `reason` says why.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -62,9 +62,12 @@ class Measurement:
     reference_step_ms: float | None = None
     speedup: float | None = None
     speedup_ci95: tuple[float, float] | None = None
+    #: what the pairs show: faster, same (within 2 %, or not told apart) or slower
+    pace: str | None = None
     speedup_over_uniform: float | None = None
     peak_bytes: int | None = None
     metric: float | None = None
     origin: MeasurementOrigins = MeasurementOrigins()
     plan: str | None = None
     reason: str | None = None
+    batch_drops: tuple[float, ...] = ()

@@ -8,13 +8,16 @@ from enum import StrEnum
 from typing import ClassVar
 
 from autoprec.formats import Format
-from autoprec.records.figures import STRICT
+from autoprec.records.figures import STRICT, Estimate
 from autoprec.records.measured import Measurement, Mode
 
 __all__ = [
+    "Confirmed",
+    "Explained",
     "Progress",
     "Removal",
     "SearchResult",
+    "Step",
     "Verdict",
     "VerdictDecision",
 ]
@@ -52,8 +55,65 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Confirmed:
+    """A plan tried on batches that neither probe nor search had used: `answer` is within, above or open.
+
+    The mean drop of `batches` of them lies between `low` and `high`, each bound wrong with probability `level` however
+    often one looked; None where too few batches were there, or a drop is not finite.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: str
+    answer: str
+    drop: float | None
+    low: float | None
+    high: float | None
+    batches: int
+    level: float
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What another format of one unit would add to a plan's drop and step time, as believed after the trials."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    format: Format
+    drop: float
+    time_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explained:
+    """Why a unit (or what is decided together) has its format in the chosen plan.
+
+    `probed` is its drop as predicted before any trial, `drop` as learnt from all trials; `time_ms` what it adds to the
+    step of all units in FP32. Shares are of the plan's drop, and of all time that units save.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    unit: str
+    format: Format
+    probed: Estimate | None
+    drop: Estimate
+    drop_share: float
+    time_ms: Estimate
+    time_share: float
+    wider: Step | None
+    narrower: Step | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """All that a search found (`result.json`); `chosen` is an index of `front`, or None for do-nothing."""
+    """All that a search found (`result.json`); `chosen` is an index of `front`, or None for do-nothing.
+
+    `predicted_bound` says how far the space was searched: `step_ms`, which no plan of it with a drop of at most `drop`
+    beats, as predicted from all trials, and by how many percent that is less than the fastest measured.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -70,18 +130,20 @@ class SearchResult:
     trials: int
     evaluations: int
     seconds: float
-    #: what the tables of a solver promise at best; absent until there is a solver
     predicted_bound: Mapping[str, float] | None
     removed: tuple[Removal, ...]
     folder: str | None
     seed: int
+    confirmed: tuple[Confirmed, ...] = ()
+    explained: tuple[Explained, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """One line of news from a running search, for whoever shows it."""
 
-    stage: str  #: probe, baselines, search, done
+    stage: str  #: probe, baselines, search, confirmation, done
     message: str
     elapsed_seconds: float
     #: expected seconds until the end of this stage, where it can be told

@@ -23,6 +23,7 @@ __all__ = [
     "fact_lines",
     "measurement_line",
     "print_device",
+    "print_explained",
     "print_paths",
     "print_plan",
     "print_recommendation",
@@ -54,6 +55,15 @@ def print_result(console: Console, result: SearchResult) -> None:
     if result.chosen is not None:
         print_line(console, f"> {result.chosen + 1} is the chosen plan")
     _removals(console, result)
+    _confirmations(console, result, unit)
+    if result.predicted_bound:
+        bound = result.predicted_bound
+        print_line(
+            console,
+            f"bound: as predicted from all trials, no plan of the space with a drop of at most {number(bound['drop'])} "
+            f"{unit} takes less than {number(bound['step_ms'])} ms, {number(bound['faster_percent'])} % less than the "
+            "fastest measured",
+        )
     print_heading(console, "Verdict", f"{result.verdict.decision}: {result.verdict.text}")
     if result.verdict.break_even_hours is not None:
         hours = number(result.verdict.break_even_hours)
@@ -105,6 +115,49 @@ def _removals(console: Console, result: SearchResult) -> None:
     for (choice, reason), units in counts.items():
         amount = units[0] if len(units) == 1 else f"{len(units)} units"
         print_line(console, f"not tried: {choice} in {amount}: {reason}")
+
+
+def _confirmations(console: Console, result: SearchResult, unit: str) -> None:
+    """Print what came of plans on batches that the search had not used."""
+    for one in result.confirmed:
+        figures = ""
+        if one.drop is not None and one.low is not None and one.high is not None:
+            figures = f", drop {number(one.drop)} {unit}, between {number(one.low)} and {number(one.high)}"
+        print_line(console, f"confirmation of {one.name}: {one.answer}{figures} ({one.batches} unseen batches)")
+    for note in result.notes:
+        print_line(console, f"note: {note}")
+
+
+def print_explained(console: Console, result: SearchResult) -> None:
+    """Print why each unit of the chosen plan has its format."""
+    if not result.explained:
+        return
+    unit = drop_unit((*result.baselines, *result.front))
+    print_heading(console, "Why", "each unit's drop and the time it adds to FP32, as learnt from all trials")
+    columns: list[Column] = [
+        ("unit", "left"),
+        ("format", "left"),
+        (f"probed, {unit}", "right"),
+        (f"drop, {unit}", "right"),
+        ("share", "right"),
+        ("time, ms", "right"),
+        ("share", "right"),
+        ("why", "left"),
+    ]
+    rows = [
+        [
+            e.unit,
+            str(e.format),
+            "-" if e.probed is None else number(e.probed.value),
+            number(e.drop.value),
+            f"{100 * e.drop_share:.1f} %",
+            number(e.time_ms.value),
+            f"{100 * e.time_share:.1f} %",
+            e.reason,
+        ]
+        for e in result.explained
+    ]
+    print_table(console, columns, rows)
 
 
 def print_paths(console: Console, paths: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from autoprec.plan import Plan
 from autoprec.records import DeviceProfile, Mode, ModelProfile, Role, Support
 from autoprec.study.space import fp8_fault
 
-__all__ = ["Baseline", "baselines", "role_seeds"]
+__all__ = ["Baseline", "baselines"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +72,3 @@ def _block(unit: str) -> str:
     """Return the part of a unit's name that names its block, such as `decoder.blocks.3`; '' outside blocks."""
     found = re.match(r"(?:.*\.)?blocks\.\d+(?=\.)", unit)
     return found[0] if found else ""
-
-
-def role_seeds(profile: ModelProfile, ambient: Format) -> list[dict[str, Format]]:
-    """Return assignments that set one role apart: it alone in FP32, and it alone in the ambient format."""
-    roles = list(dict.fromkeys(u.role for u in profile.units if u.role is not Role.EMBEDDING))
-    plain = {u.name: Format.FP32 if u.role is Role.EMBEDDING else ambient for u in profile.units}
-    seeds = []
-    for role in roles:
-        members = {u.name for u in profile.units if u.role is role}
-        seeds.append({n: Format.FP32 if n in members else f for n, f in plain.items()})
-        seeds.append({n: f if n in members else Format.FP32 for n, f in plain.items()})
-    return seeds

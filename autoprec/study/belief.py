@@ -124,7 +124,7 @@ def _ridge(features: Array, target: Array, noise: float) -> Array:
 def _posterior_root(features: Array, noise: float) -> Array:
     """Return a root of the covariance of z given the features' sums: the identity, less in the directions seen."""
     squares, left = linalg.eigh(features @ features.T)
-    seen = squares > 1e-10 * squares[-1]
+    seen = squares > 1e-10 * squares[-1]  # at most as many as there are sums
     squares, axes = squares[seen], (features.T @ left[:, seen]) / np.sqrt(squares[seen])
     shrink = noise / np.sqrt(squares + noise**2)
     root: Array = np.eye(features.shape[1]) - (axes * (1 - shrink)) @ axes.T

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 
 from autoprec.errors import MeasurementError, StudyError, first_line
+from autoprec.probe.compare import compare, summarise
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import Stepper, device_of, kept_state, plain_fp32, timed
 from autoprec.probe.workload import Workload
@@ -33,9 +35,9 @@ class Budget:
         """Seconds until the end; 0 after it."""
         return max(0.0, self.seconds - self.elapsed)
 
-    def has_time(self) -> bool:
-        """Say whether another measurement is expected to end within the budget."""
-        return self.elapsed + self.each_seconds <= self.seconds
+    def has_time(self, reserve: float = 0.0) -> bool:
+        """Say whether another measurement is expected to end within the budget, less what is kept back."""
+        return self.elapsed + self.each_seconds + reserve <= self.seconds
 
     def expect(self, look: FirstLook, measurements: int) -> None:
         """Learn from a first look what a measurement takes, and refuse a budget that cannot hold `measurements`.
@@ -60,6 +62,7 @@ class FirstLook:
     step_seconds: float
     measurement_seconds: float
     kind: ReadoutKind
+    scale: float  #: what 100 % of drop is, of the first batch
 
 
 def first_look(workload: Workload) -> FirstLook:
@@ -74,7 +77,9 @@ def first_look(workload: Workload) -> FirstLook:
         with kept_state(workload.model, weights=training), plain_fp32(device.type):
             workload.model.train(training)
             first, raw = timed(device, lambda: stepper.run(batch))
-            kind = workload.readout(batch, raw).kind
+            read = workload.readout(batch, raw)
+            read = dataclasses.replace(read, predictions=read.predictions.detach())
+            summary = summarise(read.kind, [compare(read, read)])
             # the first step sets up kernels; the least of a few is the machine's own speed, unless steps are long
             again = [timed(device, lambda: stepper.run(batch))[0] for _ in range(1 if first > 2.0 else 5)]
     except RuntimeError as error:
@@ -88,4 +93,9 @@ def first_look(workload: Workload) -> FirstLook:
     forwards = 2 * batches * step / (3 if training else 1)
     gradients = 4 * step if training else 0.0
     pairs = 2 * step * (8 if training else max(0, 8 - batches))
-    return FirstLook(step_seconds=step, measurement_seconds=1.2 * (forwards + gradients + pairs + 4 * step), kind=kind)
+    return FirstLook(
+        step_seconds=step,
+        measurement_seconds=1.2 * (forwards + gradients + pairs + 4 * step),
+        kind=read.kind,
+        scale=max(summary.reference_loss or 0.0, summary.reference_entropy or 0.0) or 1.0,
+    )

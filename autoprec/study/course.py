@@ -1,10 +1,13 @@
-"""The course of a search: baselines first, then what Optuna proposes, until the budget is spent; then the files."""
+"""The course of a search: baselines, then what the sampler proposes, then confirmation on unseen batches; the files.
+
+It goes on until the budget is spent, or until there is nothing left to gain as far as can be predicted.
+"""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -18,14 +21,29 @@ from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit, duration_text
-from autoprec.records import DeviceProfile, Measurement, Progress, SearchResult
+from autoprec.records import (
+    Confirmed,
+    DeviceProfile,
+    Explained,
+    Measurement,
+    Progress,
+    SearchResult,
+    SensitivityProfile,
+)
 from autoprec.runtime.identity import weights_digest
-from autoprec.study.baselines import Baseline, role_seeds
+from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
+from autoprec.study.confirming import Confirming, confirmed
+from autoprec.study.explain import explain
 from autoprec.study.folder import RunFolder
+from autoprec.study.front import pareto_front
+from autoprec.study.knowledge import drop_priors, sensitivity_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
 from autoprec.study.outcome import evidence, on_one_clock, outcome_of
+from autoprec.study.race import Answer, Spread, judge
+from autoprec.study.sampler import FrontSampler
 from autoprec.study.space import SearchSpace, describe
+from autoprec.study.verdict import wanted
 
 __all__ = ["Candidates", "Course", "News"]
 
@@ -38,6 +56,11 @@ _STOP_SLOWER = 3.0
 _STALE = 200
 #: name of the recommender's plan among the measured
 _RECOMMENDED = "recommended"
+#: so many proposals in a row that are expected to add less than this share of the area under the corner end a search,
+#: where no plan within the limit is predicted to be faster by more than two times that count as the same
+_IDLE, _NO_GAIN, _SAME = 3, 1e-3, 0.02
+#: drops beyond this many limits, and under this part of one, are as good as one another to a search
+_CORNER, _FLOOR = 10.0, 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +90,21 @@ class Course:
     folder: RunFolder
     tell: News
     seed: int
+    #: batches that only confirmation sees; None where there are too few
+    unseen: Workload | None
+    #: of one batch
+    forward_seconds: float
+    #: what 100 % of drop is
+    scale: float
+    #: kept back for confirmation
+    confirm_seconds: float
+    notes: list[str] = field(default_factory=list)
+    known: SensitivityProfile | None = None
+    confirmed: tuple[Confirmed, ...] = ()
+    #: why nothing was confirmed
+    unconfirmed: str | None = None
     evaluations: int = 0
+    sampler: FrontSampler | None = None
     #: what is known, from the moment the study is open
     ledger: Ledger = field(init=False)
 
@@ -75,8 +112,10 @@ class Course:
         """Measure until the budget is spent, and return the result, which is written by then."""
         self.ledger = self._open(storage, resume)
         try:
+            self._probe()
             self._measure_baselines()
             self._search(trials)
+            self._confirm()
         except KeyboardInterrupt:
             self.ledger.stop()
             where = self.folder.path
@@ -103,12 +142,22 @@ class Course:
                 "device": self.device.name,
             },
             limit=self.limit,
-            seed=self.seed,
             resume=resume,
         )
         self.folder.write("device.json", as_json(self.device))
         self.folder.write("units.json", as_json(profile))
         return ledger
+
+    def _probe(self) -> None:
+        """Learn each unit's sensitivity; where that cannot be had, the search goes on without."""
+        self._news("probe", "each unit's sensitivity")
+        self.known, why = sensitivity_of(
+            self.workload, self.space, self.budget, self.folder, self.seed, self.tell, self.forward_seconds
+        )
+        if self.known:
+            self.scale = self.known.scale
+        if why:
+            self.notes.append(why)
 
     # measuring
 
@@ -128,6 +177,7 @@ class Course:
             self.ledger.add_baseline(found)
             self._news("baselines", baseline.name, measurement=found)
         if self.ledger.is_new():
+            self._tell_baselines()
             self._enqueue()
 
     def _baseline(self, baseline: Baseline) -> Measurement:
@@ -143,26 +193,41 @@ class Course:
             self.ledger.set_reference(found)
         return found
 
+    def _tell_baselines(self) -> None:
+        """Give the study the baselines of the space as trials, so that a sampler learns from them.
+
+        FP32 stands for all units in FP32: what the ambient format does beside them is little.
+        """
+        plans = {b.name: b.plan for b in self.plans.baselines}
+        for found in self._measured():
+            plan = plans.get(found.name)
+            choices = self.space.of_plan(plan) if plan else None
+            if plan and choices is None and plan.formats == {Format.FP32} and not plan.tf32:
+                choices = self.space.choices(plan.assignment)
+            if choices is not None and found.drop is not None and found.step_ms is not None:
+                self.ledger.tell_known(choices, self._distributions, found)
+
+    @property
+    def _distributions(self) -> dict[str, CategoricalDistribution]:
+        return {d.name: CategoricalDistribution([str(f) for f in d.formats]) for d in self.space.decisions}
+
     def _enqueue(self) -> None:
-        """Ask for the recommender's plan first, then for plans that set one role apart."""
+        """Ask for the recommender's plan first."""
         recommended = self.space.of_plan(self.plans.recommended) if self.plans.recommended else None
         if recommended is not None:
             self.ledger.enqueue(recommended, _RECOMMENDED)
-        for index, seed in enumerate(role_seeds(self.space.profile, self.space.ambient), start=1):
-            choices = self.space.choices(seed)
-            if choices is not None:
-                self.ledger.enqueue(choices, f"seed {index}")
 
     def _search(self, trials: int | None) -> None:
-        distributions = {d.name: CategoricalDistribution([str(f) for f in d.formats]) for d in self.space.decisions}
+        distributions = self._distributions
+        self.sampler = self.ledger.sample_with(self._new_sampler())
         done = sum(row.trial is not None for row in self.ledger.rows)
-        seen = self._seen()
-        stale = 0
-        while self.budget.has_time() and (trials is None or done < trials):
+        seen, stale, idle = self._seen(), 0, 0
+        while self.budget.has_time(self.confirm_seconds) and (trials is None or done < trials):
             if stale >= _STALE or len(seen) >= self.space.size:
                 self._news("search", f"the space of {self.space.size} assignments is seen")
                 break
             trial = self.ledger.ask(distributions)
+            idle = idle + 1 if (self.sampler.gain or 1.0) < _NO_GAIN else 0
             assignment = self.space.assignment(trial.params)
             before = seen.get(_key(assignment))
             if before is not None:
@@ -171,11 +236,78 @@ class Course:
                 continue
             stale = 0
             name = trial.user_attrs.get("name", f"trial {trial.number}")
-            found = seen[_key(assignment)] = self._evaluate(self._plan(assignment), name)
+            found = seen[_key(assignment)] = self._evaluate(self._plan(assignment), name, race=True)
             self.ledger.add_trial(trial, found)
             done += 1
             left = self.budget.left if trials is None else (trials - done) * self.budget.each_seconds
             self._news("search", found.name, left, trial=trial.number, measurement=found)
+            if trials is None and idle >= _IDLE and (bound := self._bound()) and bound["faster_percent"] < 100 * _SAME:
+                self._news("search", f"nothing left to gain: {_bound_text(bound, self.limit)}")
+                break
+
+    def _new_sampler(self) -> FrontSampler:
+        """Return the sampler, with what is known before any trial."""
+        reference = self.ledger.reference
+        assert reference is not None and reference.step_ms is not None
+        limit = max(self._limit, 1e-12)
+        return FrontSampler(
+            {d.name: d.formats for d in self.space.decisions},
+            drop_priors(self.space, self.known),
+            time_priors(self.space, self.device, reference.step_ms),
+            drop_floor=_FLOOR * limit,
+            corner=(_CORNER * limit, reference.step_ms),
+            # the same seed again would draw what was drawn already
+            seed=self.seed + len(self.ledger.rows),
+        )
+
+    @property
+    def _limit(self) -> float:
+        """The limit in the unit of the drop."""
+        return self.limit.value / 100 * self.scale if self.limit.percent else self.limit.value
+
+    def _bound(self) -> dict[str, float] | None:
+        """Return the time that no plan within the limit beats, as predicted, beside the fastest measured."""
+        times = [m.step_ms for m in self._measured() if m.step_ms and m.drop is not None and m.drop <= self._limit]
+        if self.sampler is None or not times:
+            return None
+        least = self.ledger.least_time(self.sampler, self._limit)
+        if not 0 < least < float("inf"):
+            return None
+        gain = max(0.0, 100 * (min(times) / least - 1))
+        return {"drop": self._limit, "step_ms": least, "faster_percent": gain}
+
+    def _measured(self) -> list[Measurement]:
+        return [row.measurement for row in self.ledger.rows]
+
+    # confirmation
+
+    def _confirm(self) -> None:
+        """Try what would be chosen on batches not seen yet, until a plan is shown to be within the limit."""
+        if self.unseen is None:
+            count = len(self.workload.batches)
+            self.unconfirmed = f"not confirmed on unseen batches: {count} in all are too few; give 8 or more"
+            return
+        if self._limit <= 0:
+            self.unconfirmed = "not confirmed on unseen batches: no number of them shows a drop of nothing at all"
+            return
+        rows = self._measured()
+        front = pareto_front(on_one_clock(rows))
+        self._news("confirmation", f"on {len(self.unseen.batches)} batches not used so far", self.confirm_seconds)
+        setting = Confirming(
+            unseen=self.unseen,
+            limit=self._limit,
+            earlier=[m.batch_drops for m in rows if m.batch_drops],
+            plan_of=self._plan_of,
+            has_time=lambda: self.budget.left > 0,
+        )
+        self.confirmed, self.unconfirmed = confirmed(setting, self._noted(wanted(front, self.plans.names, self.limit)))
+        for one in self.confirmed:
+            self._news("confirmation", f"{one.name}: {one.reason or 'within the limit'}")
+
+    def _noted(self, plans: Iterator[Measurement]) -> Iterator[Measurement]:
+        for plan in plans:
+            self._news("confirmation", f"trying {plan.name}", self.confirm_seconds)
+            yield plan
 
     def _seen(self) -> dict[_Key, Measurement]:
         """Return what was measured of the space: trials, and the baselines that lie in it."""
@@ -186,7 +318,7 @@ class Course:
             if row.trial is not None or row.measurement.name in inside
         }
 
-    def _evaluate(self, plan: Plan, name: str) -> Measurement:
+    def _evaluate(self, plan: Plan, name: str, *, race: bool = False) -> Measurement:
         begun = time.monotonic()
         reference = self.ledger.reference
         request = Request(
@@ -196,7 +328,8 @@ class Course:
             reference_ms=reference.step_ms if reference else None,
             timing_seconds=max(0.5, 0.02 * self.budget.seconds),
             stop_slower=_STOP_SLOWER if reference else None,
-            deadline=self.budget.started + self.budget.seconds,
+            deadline=self.budget.started + self.budget.seconds - self.confirm_seconds,
+            is_hopeless=self._is_hopeless if race and self._limit > 0 else None,
         )
         try:
             found = evaluate(request)
@@ -209,6 +342,11 @@ class Course:
             self.budget.each_seconds = time.monotonic() - begun
         self.ledger.spend(self.budget.elapsed, self.evaluations)
         return found
+
+    def _is_hopeless(self, drops: Sequence[float]) -> bool:
+        """Say whether a plan's drops are above the limit, whatever is still to come."""
+        spread = Spread.of([m.batch_drops for m in self._measured() if m.batch_drops], drops)
+        return judge(drops, self._limit, spread=spread) is Answer.ABOVE
 
     def _plan(self, assignment: Mapping[str, Format]) -> Plan:
         return Plan.assign(
@@ -228,7 +366,7 @@ class Course:
         assert ledger.reference is not None
         seconds = ledger.before["seconds"] + self.budget.elapsed
         ledger.replace(on_one_clock([ledger.reference, *(row.measurement for row in ledger.rows)]))
-        outcome = outcome_of([row.measurement for row in ledger.rows], self.plans.names, self.limit, seconds)
+        outcome = outcome_of(self._measured(), self.plans.names, self.limit, seconds, self.confirmed, self.unconfirmed)
         plan_path = self.folder.path / "plan.json"
         if outcome.best is not None:
             self._plan_of(outcome.best).save(plan_path)
@@ -248,14 +386,30 @@ class Course:
             trials=sum(row.trial is not None for row in ledger.rows),
             evaluations=int(ledger.before["evaluations"]) + self.evaluations,
             seconds=seconds,
-            predicted_bound=None,
+            predicted_bound=self._bound(),
             removed=self.space.removed,
             folder=str(self.folder.path),
             seed=self.seed,
+            confirmed=self.confirmed,
+            explained=self._explained(outcome.best),
+            notes=tuple(filter(None, (*self.notes, self.unconfirmed))),
         )
         self.folder.write("result.json", as_json(result))
         self._news("done", outcome.verdict.text)
         return result
+
+    def _explained(self, best: Measurement | None) -> tuple[Explained, ...]:
+        """Explain the plan to use, as far as it lies in the space and trials told something."""
+        if best is None or self.sampler is None or best.step_ms is None:
+            return ()
+        return explain(
+            self.space,
+            best.assignment,
+            self.ledger.believed(self.sampler),
+            self.known,
+            limit=self._limit,
+            step_ms=best.step_ms,
+        )
 
     def _plan_of(self, found: Measurement) -> Plan:
         """Return the plan of a measurement, with its figures as evidence."""
@@ -295,3 +449,7 @@ class Course:
 
 def _key(assignment: Mapping[str, Format]) -> _Key:
     return tuple(sorted((name, str(choice)) for name, choice in assignment.items()))
+
+
+def _bound_text(bound: Mapping[str, float], limit: DropLimit) -> str:
+    return f"as predicted, no plan within {limit} is {bound['faster_percent']:.1f} % faster than the fastest measured"

@@ -17,9 +17,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from autoprec.errors import StudyError, first_line
 from autoprec.files import as_json, from_json
+from autoprec.formats import Format
 from autoprec.quantities import DropLimit
 from autoprec.records import Measurement
 from autoprec.study.folder import Row, RunFolder, fail_dead_trials, trials_csv
+from autoprec.study.sampler import Believed, FrontSampler
 
 __all__ = ["Ledger", "open_ledger"]
 
@@ -57,6 +59,7 @@ class Ledger:
             step_ms_ci95=None,
             speedup=1.0,
             speedup_ci95=None,
+            pace="same",
         )
         with self._writing():
             self.study.set_user_attr("reference", as_json(self.reference))
@@ -88,6 +91,20 @@ class Ledger:
                 trial.set_constraint("grad_error", found.grad_error - found.grad_error_limit)
             self.study.tell(trial, [found.drop, found.step_ms])
 
+    def tell_known(
+        self, choices: Mapping[str, str], distributions: Mapping[str, CategoricalDistribution], found: Measurement
+    ) -> None:
+        """Give the study a measurement that is no trial of a search as one, under its name."""
+        assert found.drop is not None and found.step_ms is not None
+        known = optuna.trial.create_trial(
+            params=dict(choices),
+            distributions=dict(distributions),
+            values=[found.drop, found.step_ms],
+            user_attrs={"baseline": found.name},
+        )
+        with self._writing():
+            self.study.add_trial(known)
+
     def enqueue(self, choices: Mapping[str, str], name: str) -> None:
         """Have the next trials measure these choices, under a name."""
         with self._writing():
@@ -97,6 +114,19 @@ class Ledger:
         """Return a new trial with its choices made."""
         with self._writing():
             return self.study.ask(dict(distributions))
+
+    def sample_with(self, sampler: FrontSampler) -> FrontSampler:
+        """Have trials proposed by a sampler from here on; return it."""
+        self.study.sampler = sampler
+        return sampler
+
+    def least_time(self, sampler: FrontSampler, drop: float) -> float:
+        """Return the step time in ms that no assignment of at most this drop beats, as the sampler believes."""
+        return sampler.least_time(self.study, drop)
+
+    def believed(self, sampler: FrontSampler) -> dict[str, dict[Format, Believed]]:
+        """Return what a sampler believes of each decision in each format."""
+        return sampler.believed(self.study)
 
     def spend(self, seconds: float, evaluations: int) -> None:
         """Keep what this run has taken so far, for the sums of a run that resumes it."""
@@ -142,7 +172,6 @@ def open_ledger(
     name: str,
     identity: Mapping[str, Any],
     limit: DropLimit,
-    seed: int,
     resume: bool,
 ) -> Ledger:
     """Open or begin the study of a search, and take over what it measured before.
@@ -184,10 +213,6 @@ def open_ledger(
             f"{place} cannot be opened: {first_line(error)}. Give a URL such as sqlite:///study.db, or leave "
             "--storage out for a journal in the run folder."
         ) from error
-    # the same seed again would propose what was measured already
-    study.sampler = optuna.samplers.TPESampler(
-        multivariate=True, seed=seed + len(study.get_trials(deepcopy=False)), n_startup_trials=10
-    )
     return ledger
 
 

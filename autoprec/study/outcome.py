@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from autoprec.plan import Evidence
 from autoprec.quantities import DropLimit
-from autoprec.records import DeviceProfile, Figure, Measurement, Origin, Verdict
+from autoprec.records import Confirmed, DeviceProfile, Figure, Measurement, Origin, Verdict
 from autoprec.study.front import pareto_front
 from autoprec.study.verdict import best_uniform, choose, decide
 
@@ -37,15 +37,31 @@ class Outcome:
 
 
 def outcome_of(
-    measured: Sequence[Measurement], baselines: Collection[str], limit: DropLimit, search_seconds: float
+    measured: Sequence[Measurement],
+    baselines: Collection[str],
+    limit: DropLimit,
+    search_seconds: float,
+    confirmed: Sequence[Confirmed] = (),
+    unconfirmed: str | None = None,
 ) -> Outcome:
-    """Return the outcome of a search; `baselines` names those of the measurements that are baselines."""
+    """Return the outcome of a search.
+
+    Args:
+        baselines: names of those of the measurements that are baselines.
+        confirmed: plans tried on unseen batches; one that was not shown to be within the limit is not chosen.
+        unconfirmed: why nothing was confirmed, where that could not be settled.
+    """
     uniform = best_uniform([m for m in measured if m.name in baselines], limit)
     compared = [_over_uniform(m, uniform) for m in measured]
     bases = tuple(m for m in compared if m.name in baselines)
     front = tuple(pareto_front(compared))
-    chosen = choose(front, baselines, limit)
-    verdict = decide(front, chosen, bases, limit, search_seconds / 3600)
+    failed = {one.name for one in confirmed if one.answer != "within"}
+    accepted = next((one for one in confirmed if one.answer == "within"), None)
+    tried_all = bool(confirmed) and accepted is None and unconfirmed is None
+    usable = [m for m in front if m.name not in failed and (accepted is None or m.name == accepted.name)]
+    picked = None if tried_all else choose(usable, baselines, limit)
+    chosen = None if picked is None else front.index(usable[picked])
+    verdict = decide(front, chosen, bases, limit, search_seconds / 3600, confirmed, unconfirmed)
     return Outcome(baselines=bases, front=front, chosen=chosen, verdict=verdict)
 
 

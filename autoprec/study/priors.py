@@ -31,7 +31,7 @@ _UNKNOWN, _UNKNOWN_FORMAT = 1.5, 3.0
 _TOGETHER = 0.15
 #: factors by which priors may be too sure of themselves, and what a sum of drops has beside its parts (SmolLM2: within
 #: 17 % for random sets)
-_WIDTHS, _NOISES = (0.5, 1.0, 2.0, 4.0, 8.0), (0.02, 0.05, 0.1, 0.2)
+_WIDTHS, _NOISES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (0.02, 0.05, 0.1, 0.2)
 #: of a time given as a bare value; and of times a format saves, all together
 _BARE_TIME, _TOGETHER_TIME = 0.1, 0.1
 #: of times, what sums have beside their parts, as a share of the step

@@ -26,15 +26,19 @@ from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.recommender.recommender import recommend_plan
-from autoprec.records import DeviceProfile, FormatSupport, Progress, SearchResult, Support
+from autoprec.records import DeviceProfile, FormatSupport, Mode, Progress, SearchResult, Support
 from autoprec.runtime.fp8 import fp8_missing
 from autoprec.study.baselines import baselines
 from autoprec.study.budget import Budget, first_look
+from autoprec.study.confirming import split
 from autoprec.study.course import Candidates, Course, News
 from autoprec.study.folder import RunFolder
 from autoprec.study.space import build_space
 
 __all__ = ["search"]
+
+#: forwards that comparing a batch takes: the reference's, the plan's, and half a one to put it on and compare
+_BOTH_SIDES = 2.5
 
 
 def search(
@@ -103,6 +107,7 @@ def _prepare(
 ) -> Course:
     """Probe device and model, build the space and the plans to start with, and check that the budget holds them."""
     here = device_of(workload.model)
+    workload, unseen = split(workload)
     tell(Progress(stage="probe", message="probing the device and the model's units", elapsed_seconds=budget.elapsed))
     device = _runnable(probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds))), here)
     profile = probe_units(workload.model, model_id=workload.model_id)
@@ -123,8 +128,14 @@ def _prepare(
             eta_seconds=count * look.measurement_seconds,
         )
     )
+    forward = look.step_seconds / (3 if workload.mode is Mode.TRAIN else 1)
     return Course(
         workload=workload,
+        unseen=unseen,
+        forward_seconds=forward,
+        scale=look.scale,
+        # the plan wanted most and one more; of each batch both sides, and what is around them
+        confirm_seconds=2 * _BOTH_SIDES * forward * len(unseen.batches) if unseen else 0.0,
         budget=budget,
         limit=limit,
         space=built,

@@ -22,19 +22,21 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from autoprec.errors import StudyError
+from autoprec.formats import Format
+from autoprec.records import Estimate, Origin
 from autoprec.study.belief import Posterior
 from autoprec.study.chain import Border, Chain, ChainUnit, Choice
 from autoprec.study.front import predicted_front
 from autoprec.study.hypervolume import expected_gain, front_of
 from autoprec.study.priors import Names, Prior, drop_belief, time_belief
 
-__all__ = ["FrontSampler"]
+__all__ = ["Believed", "FrontSampler"]
 
 Array = npt.NDArray[np.float64]
 Picks = npt.NDArray[np.int8]
 
 #: trials that a belief is built from at most: the front's, and the latest
-_MOST_TRIALS = 256
+_MOST_TRIALS = 200
 #: partial assignments kept for each state: what a front of 200 units takes stays under 0.2 s
 _STATES = 48
 #: units up to which a second front, of one draw of the belief, is looked at as well
@@ -60,6 +62,14 @@ class _Seen:
     def keys(self) -> set[bytes]:
         """All assignments that need no further trial."""
         return {row.tobytes() for part in (self.measured, self.failed, self.running) for row in part}
+
+
+@dataclass(frozen=True, slots=True)
+class Believed:
+    """What one unit in one format adds: a drop, and a time beside the unit in FP32, learnt from trials."""
+
+    drop: Estimate
+    time: Estimate
 
 
 class FrontSampler(BaseSampler):
@@ -111,6 +121,8 @@ class FrontSampler(BaseSampler):
         self._distributions: dict[str, BaseDistribution] = {
             name: CategoricalDistribution([str(f) for f in formats]) for name, formats in self._names.formats.items()
         }
+        #: what the last proposal was expected to add, as a share of the area up to the corner; None before the first
+        self.gain: float | None = None
         self._random, self._generator = RandomSampler(seed=seed), np.random.default_rng(seed)
         #: finished trials do not change: their picks and values, by study and number
         self._known: dict[tuple[str, int], tuple[bytes, float, float] | None] = {}
@@ -151,6 +163,41 @@ class FrontSampler(BaseSampler):
     ) -> Any:
         """Return a value at random."""
         return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+    def least_time(self, study: optuna.Study, drop: float) -> float:
+        """Return a time that no assignment of at most this drop beats, as believed after the study's trials.
+
+        Infinite where no assignment is believed to have so small a drop.
+        """
+        level, time = self._learn(self._look(study, -1))
+        front = predicted_front(self._names.chain(level.mean, time.mean[1:]), border_ms=self._border)
+        if not len(front):
+            return math.inf
+        # a chain counts times from each unit's least: what that leaves out is the same for all assignments
+        first = front.picks[:1]
+        offset = float(self._predict(first, level, time)[0][0, 1]) - float(front.time_ms[0])
+        return front.least_ms(drop) + offset
+
+    def believed(self, study: optuna.Study) -> dict[str, dict[Format, Believed]]:
+        """Return what is believed of each unit in each format after the study's trials, with 95 % intervals."""
+        drop, time = self._learn(self._look(study, -1))
+        found: dict[str, dict[Format, Believed]] = {n: {} for n in self._names.formats}
+        level, doubt = drop.mean, np.sqrt(np.square(drop.root).sum(axis=1))
+        taken, spread = time.mean[1:], np.sqrt(np.square(time.root[1:]).sum(axis=1))
+        index = 0
+        for (name, choice), costly in zip(self._names.parts, self._names.costly, strict=True):
+            nothing = Estimate(0.0, 0.0, 0.0, Origin.MEASURED)
+            found[name][choice] = Believed(nothing, nothing)
+            if costly:
+                low, high = (float(np.exp(level[index] + side * 1.96 * doubt[index])) for side in (-1, 1))
+                around = 1.96 * float(spread[index])
+                middle = float(taken[index])
+                found[name][choice] = Believed(
+                    Estimate(float(np.exp(level[index])), low, high, Origin.PREDICTED),
+                    Estimate(middle, middle - around, middle + around, Origin.PREDICTED),
+                )
+                index += 1
+        return found
 
     # what the study knows
 
@@ -211,18 +258,16 @@ class FrontSampler(BaseSampler):
             more = self._gains(near, seen, drop, time)
             candidates, gain = np.concatenate([candidates, near]), np.concatenate([gain, more])
         if not len(candidates):
+            self.gain = 0.0
             return self._anything(seen, drop, time)
-        if gain.max() <= _LITTLE:  # nothing left to gain, as far as is believed: see what is least certain
+        self.gain = float(gain.max())
+        if self.gain <= _LITTLE:  # nothing left to gain, as far as is believed: see what is least certain
             gain = self._doubt(candidates, drop, time)
         best: list[int] = candidates[int(np.argmax(gain * self._chance(candidates, seen)))].tolist()
         return best
 
     def _learn(self, seen: _Seen) -> tuple[Posterior, Posterior]:
-        chosen = np.arange(len(seen.measured))
-        if len(chosen) > _MOST_TRIALS:
-            best = front_of(seen.values)
-            on = np.flatnonzero((seen.values[:, None] == best[None]).all(axis=2).any(axis=1))
-            chosen = np.unique(np.concatenate([on, chosen[-_MOST_TRIALS:]]))
+        chosen = self._telling(seen)
         rows, values = self._names.hot(seen.measured[chosen]), seen.values[chosen]
         casts = self._casts.cost(seen.measured[chosen].astype(np.intp))[1]
         scale = float(np.median(seen.values[:, 1])) if len(seen.values) else 1.0
@@ -232,6 +277,15 @@ class FrontSampler(BaseSampler):
             self._drop.given(rows[:, self._names.costly], values[:, 0]),
             time.given(np.concatenate([constant, rows[:, self._names.costly]], axis=1), values[:, 1] - casts),
         )
+
+    def _telling(self, seen: _Seen) -> npt.NDArray[np.intp]:
+        """Return the indices of the trials to learn from: where there are many, some of the front's and the latest."""
+        every = np.arange(len(seen.measured))
+        if len(every) <= _MOST_TRIALS:
+            return every
+        best = every[np.isin(seen.values[:, 0], front_of(seen.values)[:, 0])]
+        spaced = np.linspace(0, len(best) - 1, min(len(best), _MOST_TRIALS // 2)).astype(np.intp)
+        return np.unique(np.concatenate([best[np.argsort(seen.values[best, 0])][spaced], every[-_MOST_TRIALS // 2 :]]))
 
     def _predict(self, picks: Picks, drop: Posterior, time: Posterior) -> tuple[Array, Array]:
         """Return mean and standard deviation [N, 2] of log drop (or drop) and time."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from autoprec.quantities import DropLimit
-from autoprec.records import Measurement, Verdict, VerdictDecision
+from autoprec.records import Confirmed, Measurement, Verdict, VerdictDecision
 from autoprec.study.front import feasible
 
-__all__ = ["best_uniform", "choose", "decide"]
+__all__ = ["best_uniform", "choose", "decide", "wanted"]
 
 #: two step times whose ratio is within this count as the same (design of the figures: shared machines are noisy)
 _SAME = 1.02
@@ -36,25 +36,39 @@ def choose(front: Sequence[Measurement], baselines: Collection[str], limit: Drop
     return min(plain, key=lambda i: _step(front[i])) if plain else fastest
 
 
+def wanted(front: Sequence[Measurement], baselines: Collection[str], limit: DropLimit) -> Iterator[Measurement]:
+    """Yield the members of the front that would be chosen, each if all before it were found to be too bad."""
+    left = list(front)
+    while (index := choose(left, baselines, limit)) is not None:
+        yield left.pop(index)
+
+
 def decide(
     front: Sequence[Measurement],
     chosen: int | None,
     baselines: Sequence[Measurement],
     limit: DropLimit,
     search_hours: float,
+    confirmed: Sequence[Confirmed] = (),
+    unconfirmed: str | None = None,
 ) -> Verdict:
-    """Return the verdict of a search that took `search_hours`."""
+    """Return the verdict of a search that took `search_hours`; `unconfirmed` says why nothing was confirmed."""
     uniform = best_uniform(baselines, limit)
     named = uniform.name if uniform else None
     if chosen is None:
+        why = f"no plan measured is faster than FP32 by more than its noise with a drop within {limit}"
+        if confirmed:
+            tried = "; ".join(f"{one.name}: {one.reason}" for one in confirmed)
+            why = f"no plan was shown to keep {limit} on unseen batches ({tried})"
         return Verdict(
             decision=VerdictDecision.DO_NOTHING,
-            text=f"Do nothing: no plan measured is faster than FP32 by more than its noise with a drop within {limit}.",
+            text=f"Do nothing: {why}.",
             best_uniform=named,
             break_even_hours=None,
         )
     best = front[chosen]
     figures = f"{_ratio(best)} as fast as FP32, drop {best.drop:.3g} ({best.drop_percent:.2g} %, limit {limit})"
+    figures += _confirmation(best, confirmed, unconfirmed)
     if best.name in {m.name for m in baselines}:
         return Verdict(
             decision=VerdictDecision.USE_UNIFORM,
@@ -71,6 +85,13 @@ def decide(
         best_uniform=named,
         break_even_hours=search_hours / (1 - 1 / gain) if real and gain is not None else None,
     )
+
+
+def _confirmation(best: Measurement, confirmed: Sequence[Confirmed], unconfirmed: str | None) -> str:
+    found = next((one for one in confirmed if one.name == best.name and one.answer == "within"), None)
+    if found is not None and found.drop is not None:
+        return f", confirmed on {found.batches} unseen batches (drop {found.drop:.3g}, at most {found.high:.3g})"
+    return f" ({unconfirmed})" if unconfirmed else ""
 
 
 def _beside(best: Measurement, uniform: Measurement | None, gain: float | None, real: bool) -> str:
@@ -101,7 +122,9 @@ def _within(measurement: Measurement, limit: DropLimit) -> bool:
 
 
 def _beats_reference(measurement: Measurement) -> bool:
-    """Say whether the speedup is above 1 by more than its interval; without an interval, by more than 'same'."""
+    """Say whether the pairs of steps show the plan to be faster; without that, whether its speedup passes 'same'."""
+    if measurement.pace is not None:
+        return measurement.pace == "faster"
     if measurement.speedup_ci95 is not None:
         return measurement.speedup_ci95[0] > 1.0
     return (measurement.speedup or 0.0) > _SAME

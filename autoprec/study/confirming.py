@@ -1,0 +1,89 @@
+"""The end of a search: plans it would choose are tried on batches that neither probe nor search has used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from autoprec.measurement import Request, evaluate
+from autoprec.plan import Plan
+from autoprec.probe.workload import Workload
+from autoprec.records import Confirmed, Measurement
+from autoprec.study.confirmation import Candidate, Try, confirm
+from autoprec.study.race import FIRST_LOOK, Spread
+
+__all__ = ["OutOfTime", "confirmed", "split"]
+
+
+class OutOfTime(Exception):
+    """The budget ends before a plan is confirmed."""
+
+
+def split(workload: Workload) -> tuple[Workload, Workload | None]:
+    """Return the workload to probe and search on, and that to confirm on: the second half of the batches.
+
+    None where that half would be too few to tell anything.
+    """
+    batches = workload.batches
+    half = len(batches) // 2
+    if half < FIRST_LOOK:
+        return workload, None
+    return workload.with_batches(batches[: len(batches) - half]), workload.with_batches(batches[-half:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confirming:
+    """What confirmations need: unseen batches, the limit in the drop's unit, and drops that plans had in the search."""
+
+    unseen: Workload
+    limit: float
+    earlier: Sequence[Sequence[float]]
+    plan_of: Callable[[Measurement], Plan]
+    has_time: Callable[[], bool]
+
+    def candidate(self, found: Measurement) -> Candidate:
+        """Return a measured plan as a candidate."""
+        plan = self.plan_of(found)
+
+        def drop(batch: int) -> float:
+            if not self.has_time():
+                raise OutOfTime
+            one = self.unseen.with_batches([self.unseen.batches[batch]])
+            again = evaluate(Request(workload=one, plan=plan, name=found.name, drop_only=True))
+            return float("nan") if again.drop is None else again.drop
+
+        return Candidate(found.name, drop, Spread.of(self.earlier, found.batch_drops))
+
+
+def confirmed(setting: Confirming, wanted: Iterator[Measurement]) -> tuple[tuple[Confirmed, ...], str | None]:
+    """Try plans in order until one is shown to be within the limit; return all tries and, where time ran out, that.
+
+    Raises:
+        MeasurementError: the reference cannot be run, or its output is not finite.
+    """
+    tries: list[Try] = []
+    weights = [float(setting.unseen.tokens(batch)) for batch in setting.unseen.batches]
+
+    def candidates() -> Iterator[Candidate]:
+        for found in wanted:
+            yield setting.candidate(found)
+
+    try:
+        tries.extend(confirm(candidates(), setting.limit, len(weights), weights=weights).tries)
+    except OutOfTime:
+        return tuple(map(_record, tries)), "the budget ended before a plan was confirmed on unseen batches"
+    return tuple(map(_record, tries)), None
+
+
+def _record(one: Try) -> Confirmed:
+    bounds = one.bounds
+    return Confirmed(
+        name=one.name,
+        answer=str(one.answer),
+        drop=bounds.mean if bounds else None,
+        low=bounds.lower if bounds else None,
+        high=bounds.upper if bounds else None,
+        batches=one.batches,
+        level=one.level,
+        reason=one.reason,
+    )

@@ -1,0 +1,104 @@
+"""What a search knows before its first trial: each decision's drop, from a probe, and its time, from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from autoprec.errors import MeasurementError, StudyError
+from autoprec.files import as_json, from_json, read_json
+from autoprec.formats import Format
+from autoprec.probe.sensitivity import probe_sensitivity
+from autoprec.probe.workload import Workload
+from autoprec.records import DeviceProfile, Estimate, Origin, Progress, SensitivityProfile
+from autoprec.study.budget import Budget
+from autoprec.study.folder import RunFolder
+from autoprec.study.space import SearchSpace
+
+__all__ = ["drop_priors", "sensitivity_of", "time_priors"]
+
+#: what the probe may take: no more than this share of the budget, nor than so many passes over all batches beside what
+#: it needs to begin with; of a pass, forwards in all and for each format (`survey`)
+_SHARE, _SWEEPS, _BEGIN_SECONDS = 0.15, 6.0, 1.0
+_PASS, _REPLAY = 2.5, 1.5
+#: of a step, what is the work of units; and by how much a square product's rate may be off for a unit
+_UNITS_SHARE, _OFF = 0.8, 2.0
+
+
+def sensitivity_of(
+    workload: Workload,
+    space: SearchSpace,
+    budget: Budget,
+    folder: RunFolder,
+    seed: int,
+    tell: Callable[[Progress], None],
+    forward_seconds: float,
+) -> tuple[SensitivityProfile | None, str | None]:
+    """Probe the formats of a space, or read what an earlier run of the folder probed; None with the reason where not.
+
+    `sensitivity.json` is written by then. `forward_seconds` is what a forward of one batch takes.
+    """
+    formats = tuple(dict.fromkeys(f for d in space.decisions for f in d.formats if f is not Format.FP32))
+    if not formats:
+        return None, None
+    path = folder.path / "sensitivity.json"
+    if path.exists():
+        data = read_json(path, what="sensitivity profile", error=StudyError)
+        known = from_json(SensitivityProfile, data, what=f"sensitivity profile {path}", error=StudyError)
+        if known.data_digest == workload.data_digest() and set(formats) <= set(known.formats):
+            return known, None
+    sweep = len(workload.batches) * forward_seconds * (_PASS + _REPLAY * len(formats))
+    seconds = min(_SHARE * budget.seconds, _BEGIN_SECONDS + _SWEEPS * sweep)
+    try:
+        found = probe_sensitivity(workload, formats, seconds=seconds, seed=seed, progress=tell)
+    except MeasurementError as error:
+        return None, f"no sensitivity was probed: {error}"
+    folder.write("sensitivity.json", as_json(found))
+    return found, None
+
+
+def drop_priors(space: SearchSpace, known: SensitivityProfile | None) -> dict[str, dict[str, Estimate]] | None:
+    """Return the drop of each decision in each format: the sum over its units; units that never ran drop nothing.
+
+    A unit of a decision that nothing else is known of leaves that decision's format out.
+    """
+    if known is None:
+        return None
+    rows = {(row.unit, row.format): row.drop for row in known.drops}
+    idle = set(known.never_ran)
+    found: dict[str, dict[str, Estimate]] = {}
+    for decision in space.decisions:
+        for choice in decision.formats:
+            own = [rows.get((unit, choice)) for unit in decision.units if unit not in idle]
+            parts = [part for part in own if part is not None]
+            if choice is not Format.FP32 and len(parts) == len(own):
+                found.setdefault(decision.name, {})[str(choice)] = Estimate(
+                    sum(p.value for p in parts), sum(p.low for p in parts), sum(p.high for p in parts), Origin.PREDICTED
+                )
+    return found
+
+
+def time_priors(
+    space: SearchSpace, device: DeviceProfile, reference_ms: float
+) -> Mapping[str, Mapping[str, Estimate]] | None:
+    """Return about what each decision takes in each format, from the rates of square products; None without rates.
+
+    A step's time in FP32 is shared out by the units' weights.
+    """
+    largest = max((rate.size for rate in device.gemm_rates), default=0)
+    rates = {rate.format: rate.tflops for rate in device.gemm_rates if rate.size == largest}
+    weights = {leaf.module: leaf.parameters for leaf in space.profile.leaves}
+    units = {unit.name: unit for unit in space.profile.units}
+    sizes = {d.name: sum(weights.get(m, 0) for u in d.units for m in units[u].modules) for d in space.decisions}
+    total = sum(sizes.values())
+    if Format.FP32 not in rates or not total:
+        return None
+    found: dict[str, dict[str, Estimate]] = {}
+    for decision in space.decisions:
+        wide = _UNITS_SHARE * reference_ms * sizes[decision.name] / total
+        for choice in decision.formats:
+            if choice in rates:
+                value = wide * rates[Format.FP32] / rates[choice]
+                found.setdefault(decision.name, {})[str(choice)] = Estimate(
+                    value, value / _OFF, value * _OFF, Origin.PREDICTED
+                )
+    return found
