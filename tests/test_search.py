@@ -727,3 +727,70 @@ def test_optunas_own_log_is_as_before(tmp_path: Path, capfd: pytest.CaptureFixtu
     search(workload(), budget=300, trials=1, out=tmp_path / "run")
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
     assert capfd.readouterr().err == ""
+
+
+# unseen batches
+
+
+def with_batches(count: int) -> Workload:
+    work = workload()
+    generator = torch.Generator().manual_seed(9)
+    batches = [torch.randint(2, 64, (2, 12), generator=generator) for _ in range(count)]
+    return work.with_batches([{"input_ids": ids, "labels": ids} for ids in batches])
+
+
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every plan but FP32 come out faster, by how many units are low."""
+
+    def change(request: Request, measure: Evaluate) -> Measurement:
+        found = measure(request)
+        low = sum(f is not Format.FP32 for f in found.assignment.values())
+        speedup = 1.0 + 0.1 * low
+        interval = (speedup * 0.99, speedup * 1.01)
+        pace = "faster" if low else "same"
+        return dataclasses.replace(found, speedup=speedup, speedup_ci95=interval, pace=pace, step_ms=10 / speedup)
+
+    instead(monkeypatch, change)
+
+
+def test_the_choice_is_confirmed_on_batches_that_nothing_else_has_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster(monkeypatch)
+    seen: list[Request] = []
+
+    def record(request: Request) -> Measurement:
+        seen.append(request)
+        return evaluate(request)
+
+    monkeypatch.setattr("autoprec.study.confirming.evaluate", record)
+    work = with_batches(10)
+    result = search(work, budget=300, trials=3, max_drop="50%", out=tmp_path / "run")
+    assert result.chosen is not None and result.confirmed[-1].answer == "within"
+    assert result.front[result.chosen].name == result.confirmed[-1].name
+    assert f"confirmed on {result.confirmed[-1].batches} unseen batches" in result.verdict.text
+    assert all(len(m.batch_drops) == 5 for m in result.front)
+    tail = {id(batch) for batch in work.batches[5:]}
+    assert seen and all(id(batch) in tail for request in seen for batch in request.workload.batches)
+
+
+def test_a_plan_that_is_worse_on_unseen_batches_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faster(monkeypatch)
+    tried: list[str] = []
+
+    def change(request: Request) -> Measurement:
+        found = evaluate(request)
+        tried.append(request.name)
+        return dataclasses.replace(found, drop=1e3) if request.name == tried[0] else found
+
+    monkeypatch.setattr("autoprec.study.confirming.evaluate", change)
+    result = search(with_batches(16), budget=300, trials=3, max_drop="50%", out=tmp_path / "run")
+    assert result.confirmed[0].answer == "above" and "above the limit" in str(result.confirmed[0].reason)
+    chosen = None if result.chosen is None else result.front[result.chosen].name
+    assert chosen != result.confirmed[0].name
+
+
+def test_too_few_batches_to_confirm_are_said(tmp_path: Path) -> None:
+    result = search(workload(), budget=300, trials=1, out=tmp_path / "run")
+    assert result.confirmed == ()
+    assert "2 in all are too few; give 8 or more" in result.notes[-1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from autoprec.quantities import DropLimit
-from autoprec.records import Measurement, Verdict, VerdictDecision
+from autoprec.records import Confirmed, Measurement, Verdict, VerdictDecision
 from autoprec.study.front import pareto_front
 from autoprec.study.outcome import outcome_of
-from autoprec.study.verdict import best_uniform, choose, decide
+from autoprec.study.verdict import best_uniform, choose, decide, wanted
 
 PERCENT = DropLimit.parse("0.25%")
 HOURS = 3.0
@@ -165,3 +167,40 @@ def test_outcome_joins_front_choice_and_verdict() -> None:
     assert outcome.verdict.break_even_hours == pytest.approx(4 * HOURS)
     named = outcome.with_plan("run/plan.json")
     assert [m.plan for m in named.front] == [None, None, "run/plan.json"]
+
+
+def confirmation(name: str, answer: str, reason: str | None = None) -> Confirmed:
+    return Confirmed(name=name, answer=answer, drop=1e-4, low=5e-5, high=2e-4, batches=5, level=0.035, reason=reason)
+
+
+def test_a_plan_that_fails_on_unseen_batches_is_not_chosen() -> None:
+    found = [FP32, made("uniform bf16", 0.001, 1.5), made("trial 1", 0.002, 2.0)]
+    tried = (confirmation("trial 1", "above", "too large"), confirmation("uniform bf16", "within"))
+    outcome = outcome_of(found, BASELINES, PERCENT, 3600.0, tried)
+    assert outcome.best is not None and outcome.best.name == "uniform bf16"
+    assert outcome.verdict.decision is VerdictDecision.USE_UNIFORM
+    assert "confirmed on 5 unseen batches (drop 0.0001, at most 0.0002)" in outcome.verdict.text
+
+
+def test_nothing_is_done_where_no_plan_is_confirmed() -> None:
+    found = [FP32, made("trial 1", 0.002, 2.0)]
+    outcome = outcome_of(found, BASELINES, PERCENT, 3600.0, (confirmation("trial 1", "open", "5 batches do not tell"),))
+    assert outcome.chosen is None and outcome.verdict.decision is VerdictDecision.DO_NOTHING
+    assert "trial 1: 5 batches do not tell" in outcome.verdict.text
+
+
+def test_what_was_not_confirmed_is_said() -> None:
+    found = [FP32, made("trial 1", 0.002, 2.0)]
+    outcome = outcome_of(found, BASELINES, PERCENT, 3600.0, (), "not confirmed: too few batches")
+    assert outcome.best is not None and "(not confirmed: too few batches)" in outcome.verdict.text
+
+
+def test_plans_are_wanted_in_the_order_in_which_they_would_be_chosen() -> None:
+    front = [FP32, made("uniform bf16", 0.001, 1.5), made("trial 1", 0.002, 2.0), made("trial 2", 0.01, 3.0)]
+    assert [m.name for m in wanted(front, BASELINES, PERCENT)] == ["trial 1", "uniform bf16"]
+
+
+def test_a_pace_of_same_is_not_faster() -> None:
+    even = dataclasses.replace(made("trial 1", 0.001, 1.05), pace="same")
+    assert choose([FP32, even], BASELINES, PERCENT) is None
+    assert choose([FP32, dataclasses.replace(even, pace="faster")], BASELINES, PERCENT) == 1

@@ -1,49 +1,41 @@
-"""The course of a search: baselines, then what the sampler proposes, then confirmation on unseen batches; the files.
+"""The course of a search: probe, baselines, then what the sampler proposes.
 
 It goes on until the budget is spent, or until there is nothing left to gain as far as can be predicted.
 """
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
 
-from autoprec.errors import DeviceError, Interrupted, MeasurementError, PlanError
+from autoprec.errors import DeviceError, MeasurementError, PlanError
 from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
 from autoprec.probe.workload import Workload
-from autoprec.quantities import DropLimit, duration_text
+from autoprec.quantities import DropLimit
 from autoprec.records import (
     Confirmed,
     DeviceProfile,
-    Explained,
     Measurement,
     Progress,
-    SearchResult,
     SensitivityProfile,
 )
 from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
-from autoprec.study.confirming import Confirming, confirmed
-from autoprec.study.explain import explain
 from autoprec.study.folder import RunFolder
-from autoprec.study.front import pareto_front
 from autoprec.study.knowledge import drop_priors, sensitivity_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
-from autoprec.study.outcome import evidence, on_one_clock, outcome_of
 from autoprec.study.race import Answer, Spread, judge
 from autoprec.study.sampler import FrontSampler
 from autoprec.study.space import SearchSpace, describe
-from autoprec.study.verdict import wanted
 
 __all__ = ["Candidates", "Course", "News"]
 
@@ -55,7 +47,7 @@ _STOP_SLOWER = 3.0
 #: proposals in a row that were measured before, after which the space counts as seen
 _STALE = 200
 #: name of the recommender's plan among the measured
-_RECOMMENDED = "recommended"
+RECOMMENDED = "recommended"
 #: so many proposals in a row that are expected to add less than this share of the area under the corner end a search,
 #: where no plan within the limit is predicted to be faster by more than two times that count as the same
 _IDLE, _NO_GAIN, _SAME = 3, 1e-3, 0.02
@@ -108,26 +100,7 @@ class Course:
     #: what is known, from the moment the study is open
     ledger: Ledger = field(init=False)
 
-    def go(self, storage: str | BaseStorage | None, resume: bool, trials: int | None) -> SearchResult:
-        """Measure until the budget is spent, and return the result, which is written by then."""
-        self.ledger = self._open(storage, resume)
-        try:
-            self._probe()
-            self._measure_baselines()
-            self._search(trials)
-            self._confirm()
-        except KeyboardInterrupt:
-            self.ledger.stop()
-            where = self.folder.path
-            raise Interrupted(
-                f"interrupted after {duration_text(self.budget.elapsed)}; what was measured is in {where}. Go on with: "
-                f"autoprec search {shlex.quote(self.workload.model_id)} --resume --out {shlex.quote(str(where))}",
-                folder=str(where),
-                result=self._finish() if self.ledger.reference else None,
-            ) from None
-        return self._finish()
-
-    def _open(self, storage: str | BaseStorage | None, resume: bool) -> Ledger:
+    def open(self, storage: str | BaseStorage | None, resume: bool) -> Ledger:
         profile, mode = self.space.profile, self.workload.mode
         ledger = open_ledger(
             self.folder,
@@ -148,9 +121,9 @@ class Course:
         self.folder.write("units.json", as_json(profile))
         return ledger
 
-    def _probe(self) -> None:
+    def probe(self) -> None:
         """Learn each unit's sensitivity; where that cannot be had, the search goes on without."""
-        self._news("probe", "each unit's sensitivity")
+        self.news("probe", "each unit's sensitivity")
         self.known, why = sensitivity_of(
             self.workload, self.space, self.budget, self.folder, self.seed, self.tell, self.forward_seconds
         )
@@ -161,21 +134,21 @@ class Course:
 
     # measuring
 
-    def _measure_baselines(self) -> None:
+    def measure_baselines(self) -> None:
         known = {row.measurement.name for row in self.ledger.rows}
         wanted = list(self.plans.baselines)
         if self.plans.recommended and self.space.of_plan(self.plans.recommended) is None:
-            wanted.append(Baseline(_RECOMMENDED, self.plans.recommended))
+            wanted.append(Baseline(RECOMMENDED, self.plans.recommended))
         todo = [b for b in wanted if b.name not in known]
         for count, baseline in enumerate(todo):
             if baseline.plan is not None and self.ledger.reference is not None and not self.budget.has_time():
-                self._news("baselines", f"{baseline.name} is left out: the budget is spent")
+                self.news("baselines", f"{baseline.name} is left out: the budget is spent")
                 continue
             ahead = sum(b.plan is not None for b in todo[count:])
-            self._news("baselines", f"measuring {baseline.name}", ahead * self.budget.each_seconds)
+            self.news("baselines", f"measuring {baseline.name}", ahead * self.budget.each_seconds)
             found = self._baseline(baseline)
             self.ledger.add_baseline(found)
-            self._news("baselines", baseline.name, measurement=found)
+            self.news("baselines", baseline.name, measurement=found)
         if self.ledger.is_new():
             self._tell_baselines()
             self._enqueue()
@@ -199,7 +172,7 @@ class Course:
         FP32 stands for all units in FP32: what the ambient format does beside them is little.
         """
         plans = {b.name: b.plan for b in self.plans.baselines}
-        for found in self._measured():
+        for found in self.measured():
             plan = plans.get(found.name)
             choices = self.space.of_plan(plan) if plan else None
             if plan and choices is None and plan.formats == {Format.FP32} and not plan.tf32:
@@ -215,16 +188,16 @@ class Course:
         """Ask for the recommender's plan first."""
         recommended = self.space.of_plan(self.plans.recommended) if self.plans.recommended else None
         if recommended is not None:
-            self.ledger.enqueue(recommended, _RECOMMENDED)
+            self.ledger.enqueue(recommended, RECOMMENDED)
 
-    def _search(self, trials: int | None) -> None:
+    def search(self, trials: int | None) -> None:
         distributions = self._distributions
         self.sampler = self.ledger.sample_with(self._new_sampler())
         done = sum(row.trial is not None for row in self.ledger.rows)
         seen, stale, idle = self._seen(), 0, 0
         while self.budget.has_time(self.confirm_seconds) and (trials is None or done < trials):
             if stale >= _STALE or len(seen) >= self.space.size:
-                self._news("search", f"the space of {self.space.size} assignments is seen")
+                self.news("search", f"the space of {self.space.size} assignments is seen")
                 break
             trial = self.ledger.ask(distributions)
             idle = idle + 1 if (self.sampler.gain or 1.0) < _NO_GAIN else 0
@@ -236,20 +209,20 @@ class Course:
                 continue
             stale = 0
             name = trial.user_attrs.get("name", f"trial {trial.number}")
-            found = seen[_key(assignment)] = self._evaluate(self._plan(assignment), name, race=True)
+            found = seen[_key(assignment)] = self._evaluate(self.plan(assignment), name, race=True)
             self.ledger.add_trial(trial, found)
             done += 1
             left = self.budget.left if trials is None else (trials - done) * self.budget.each_seconds
-            self._news("search", found.name, left, trial=trial.number, measurement=found)
-            if trials is None and idle >= _IDLE and (bound := self._bound()) and bound["faster_percent"] < 100 * _SAME:
-                self._news("search", f"nothing left to gain: {_bound_text(bound, self.limit)}")
+            self.news("search", found.name, left, trial=trial.number, measurement=found)
+            if trials is None and idle >= _IDLE and (bound := self.bound()) and bound["faster_percent"] < 100 * _SAME:
+                self.news("search", f"nothing left to gain: {bound_text(bound, self.limit)}")
                 break
 
     def _new_sampler(self) -> FrontSampler:
         """Return the sampler, with what is known before any trial."""
         reference = self.ledger.reference
         assert reference is not None and reference.step_ms is not None
-        limit = max(self._limit, 1e-12)
+        limit = max(self.limit_value, 1e-12)
         return FrontSampler(
             {d.name: d.formats for d in self.space.decisions},
             drop_priors(self.space, self.known),
@@ -261,53 +234,23 @@ class Course:
         )
 
     @property
-    def _limit(self) -> float:
+    def limit_value(self) -> float:
         """The limit in the unit of the drop."""
         return self.limit.value / 100 * self.scale if self.limit.percent else self.limit.value
 
-    def _bound(self) -> dict[str, float] | None:
+    def bound(self) -> dict[str, float] | None:
         """Return the time that no plan within the limit beats, as predicted, beside the fastest measured."""
-        times = [m.step_ms for m in self._measured() if m.step_ms and m.drop is not None and m.drop <= self._limit]
+        times = [m.step_ms for m in self.measured() if m.step_ms and m.drop is not None and m.drop <= self.limit_value]
         if self.sampler is None or not times:
             return None
-        least = self.ledger.least_time(self.sampler, self._limit)
+        least = self.ledger.least_time(self.sampler, self.limit_value)
         if not 0 < least < float("inf"):
             return None
         gain = max(0.0, 100 * (min(times) / least - 1))
-        return {"drop": self._limit, "step_ms": least, "faster_percent": gain}
+        return {"drop": self.limit_value, "step_ms": least, "faster_percent": gain}
 
-    def _measured(self) -> list[Measurement]:
+    def measured(self) -> list[Measurement]:
         return [row.measurement for row in self.ledger.rows]
-
-    # confirmation
-
-    def _confirm(self) -> None:
-        """Try what would be chosen on batches not seen yet, until a plan is shown to be within the limit."""
-        if self.unseen is None:
-            count = len(self.workload.batches)
-            self.unconfirmed = f"not confirmed on unseen batches: {count} in all are too few; give 8 or more"
-            return
-        if self._limit <= 0:
-            self.unconfirmed = "not confirmed on unseen batches: no number of them shows a drop of nothing at all"
-            return
-        rows = self._measured()
-        front = pareto_front(on_one_clock(rows))
-        self._news("confirmation", f"on {len(self.unseen.batches)} batches not used so far", self.confirm_seconds)
-        setting = Confirming(
-            unseen=self.unseen,
-            limit=self._limit,
-            earlier=[m.batch_drops for m in rows if m.batch_drops],
-            plan_of=self._plan_of,
-            has_time=lambda: self.budget.left > 0,
-        )
-        self.confirmed, self.unconfirmed = confirmed(setting, self._noted(wanted(front, self.plans.names, self.limit)))
-        for one in self.confirmed:
-            self._news("confirmation", f"{one.name}: {one.reason or 'within the limit'}")
-
-    def _noted(self, plans: Iterator[Measurement]) -> Iterator[Measurement]:
-        for plan in plans:
-            self._news("confirmation", f"trying {plan.name}", self.confirm_seconds)
-            yield plan
 
     def _seen(self) -> dict[_Key, Measurement]:
         """Return what was measured of the space: trials, and the baselines that lie in it."""
@@ -329,7 +272,7 @@ class Course:
             timing_seconds=max(0.5, 0.02 * self.budget.seconds),
             stop_slower=_STOP_SLOWER if reference else None,
             deadline=self.budget.started + self.budget.seconds - self.confirm_seconds,
-            is_hopeless=self._is_hopeless if race and self._limit > 0 else None,
+            is_hopeless=self._is_hopeless if race and self.limit_value > 0 else None,
         )
         try:
             found = evaluate(request)
@@ -345,10 +288,10 @@ class Course:
 
     def _is_hopeless(self, drops: Sequence[float]) -> bool:
         """Say whether a plan's drops are above the limit, whatever is still to come."""
-        spread = Spread.of([m.batch_drops for m in self._measured() if m.batch_drops], drops)
-        return judge(drops, self._limit, spread=spread) is Answer.ABOVE
+        spread = Spread.of([m.batch_drops for m in self.measured() if m.batch_drops], drops)
+        return judge(drops, self.limit_value, spread=spread, planned=len(self.workload.batches)) is Answer.ABOVE
 
-    def _plan(self, assignment: Mapping[str, Format]) -> Plan:
+    def plan(self, assignment: Mapping[str, Format]) -> Plan:
         return Plan.assign(
             self.space.profile,
             assignment,
@@ -358,75 +301,7 @@ class Course:
             reason={n: f"{f} in the measured plan chosen by the search" for n, f in assignment.items()},
         )
 
-    # the end
-
-    def _finish(self) -> SearchResult:
-        """Write result.json and, where there is something to do, plan.json; return the result."""
-        ledger = self.ledger
-        assert ledger.reference is not None
-        seconds = ledger.before["seconds"] + self.budget.elapsed
-        ledger.replace(on_one_clock([ledger.reference, *(row.measurement for row in ledger.rows)]))
-        outcome = outcome_of(self._measured(), self.plans.names, self.limit, seconds, self.confirmed, self.unconfirmed)
-        plan_path = self.folder.path / "plan.json"
-        if outcome.best is not None:
-            self._plan_of(outcome.best).save(plan_path)
-            outcome = outcome.with_plan(str(plan_path))
-        else:
-            plan_path.unlink(missing_ok=True)
-        result = SearchResult(
-            model_id=self.workload.model_id,
-            device=self.device.name,
-            mode=self.workload.mode,
-            max_drop=str(self.limit),
-            reference=ledger.reference,
-            baselines=outcome.baselines,
-            front=outcome.front,
-            chosen=outcome.chosen,
-            verdict=outcome.verdict,
-            trials=sum(row.trial is not None for row in ledger.rows),
-            evaluations=int(ledger.before["evaluations"]) + self.evaluations,
-            seconds=seconds,
-            predicted_bound=self._bound(),
-            removed=self.space.removed,
-            folder=str(self.folder.path),
-            seed=self.seed,
-            confirmed=self.confirmed,
-            explained=self._explained(outcome.best),
-            notes=tuple(filter(None, (*self.notes, self.unconfirmed))),
-        )
-        self.folder.write("result.json", as_json(result))
-        self._news("done", outcome.verdict.text)
-        return result
-
-    def _explained(self, best: Measurement | None) -> tuple[Explained, ...]:
-        """Explain the plan to use, as far as it lies in the space and trials told something."""
-        if best is None or self.sampler is None or best.step_ms is None:
-            return ()
-        return explain(
-            self.space,
-            best.assignment,
-            self.ledger.believed(self.sampler),
-            self.known,
-            limit=self._limit,
-            step_ms=best.step_ms,
-        )
-
-    def _plan_of(self, found: Measurement) -> Plan:
-        """Return the plan of a measurement, with its figures as evidence."""
-        fixed = {b.name: b.plan for b in self.plans.baselines} | {_RECOMMENDED: self.plans.recommended}
-        same = fixed.get(found.name)
-        plan = same if same is not None and same.assignment == found.assignment else self._plan(found.assignment)
-        return plan.with_evidence(
-            evidence(
-                found,
-                self.device,
-                drop_unit=self.drop_unit,
-                weights_digest=self.ledger.weights_digest,
-                seed=self.seed,
-            )
-        )
-
-    def _news(
+    def news(
         self,
         stage: str,
         message: str,
@@ -451,5 +326,5 @@ def _key(assignment: Mapping[str, Format]) -> _Key:
     return tuple(sorted((name, str(choice)) for name, choice in assignment.items()))
 
 
-def _bound_text(bound: Mapping[str, float], limit: DropLimit) -> str:
+def bound_text(bound: Mapping[str, float], limit: DropLimit) -> str:
     return f"as predicted, no plan within {limit} is {bound['faster_percent']:.1f} % faster than the fastest measured"

@@ -30,6 +30,7 @@ from autoprec.records import DeviceProfile, FormatSupport, Mode, Progress, Searc
 from autoprec.runtime.fp8 import fp8_missing
 from autoprec.study.baselines import baselines
 from autoprec.study.budget import Budget, first_look
+from autoprec.study.closing import carry_out
 from autoprec.study.confirming import split
 from autoprec.study.course import Candidates, Course, News
 from autoprec.study.folder import RunFolder
@@ -91,7 +92,7 @@ def search(
                     "or choose another folder with --out."
                 )
             run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed)
-            return run.go(storage, resume, trials)
+            return carry_out(run, storage, resume, trials)
         finally:
             folder.discard_if_new()
 

@@ -1,0 +1,146 @@
+"""A search from its first step to its end: what is chosen is tried on unseen batches, and the files are written."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from functools import partial
+
+from optuna.storages import BaseStorage
+
+from autoprec.errors import Interrupted
+from autoprec.files import as_json
+from autoprec.plan import Plan
+from autoprec.quantities import duration_text
+from autoprec.records import Explained, Measurement, SearchResult
+from autoprec.study.confirming import Confirming, confirmed
+from autoprec.study.course import RECOMMENDED, Course
+from autoprec.study.explain import explain
+from autoprec.study.front import pareto_front
+from autoprec.study.outcome import evidence, on_one_clock, outcome_of
+from autoprec.study.verdict import wanted
+
+__all__ = ["carry_out"]
+
+
+def _confirm(course: Course) -> None:
+    """Try what would be chosen on batches not seen yet, until a plan is shown to be within the limit."""
+    if course.unseen is None:
+        count = len(course.workload.batches)
+        course.unconfirmed = f"not confirmed on unseen batches: {count} in all are too few; give 8 or more"
+        return
+    if course.limit_value <= 0:
+        course.unconfirmed = "not confirmed on unseen batches: no number of them shows a drop of nothing at all"
+        return
+    rows = course.measured()
+    front = pareto_front(on_one_clock(rows))
+    course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far", course.confirm_seconds)
+    setting = Confirming(
+        unseen=course.unseen,
+        limit=course.limit_value,
+        earlier=[m.batch_drops for m in rows if m.batch_drops],
+        plan_of=partial(_plan_of, course),
+        has_time=lambda: course.budget.left > 0,
+    )
+    course.confirmed, course.unconfirmed = confirmed(
+        setting, _noted(course, wanted(front, course.plans.names, course.limit))
+    )
+    for one in course.confirmed:
+        course.news("confirmation", f"{one.name}: {one.reason or 'within the limit'}")
+
+
+def _noted(course: Course, plans: Iterator[Measurement]) -> Iterator[Measurement]:
+    for plan in plans:
+        course.news("confirmation", f"trying {plan.name}", course.confirm_seconds)
+        yield plan
+
+
+def _finish(course: Course) -> SearchResult:
+    """Write result.json and, where there is something to do, plan.json; return the result."""
+    ledger = course.ledger
+    assert ledger.reference is not None
+    seconds = ledger.before["seconds"] + course.budget.elapsed
+    ledger.replace(on_one_clock([ledger.reference, *(row.measurement for row in ledger.rows)]))
+    outcome = outcome_of(
+        course.measured(), course.plans.names, course.limit, seconds, course.confirmed, course.unconfirmed
+    )
+    plan_path = course.folder.path / "plan.json"
+    if outcome.best is not None:
+        _plan_of(course, outcome.best).save(plan_path)
+        outcome = outcome.with_plan(str(plan_path))
+    else:
+        plan_path.unlink(missing_ok=True)
+    result = SearchResult(
+        model_id=course.workload.model_id,
+        device=course.device.name,
+        mode=course.workload.mode,
+        max_drop=str(course.limit),
+        reference=ledger.reference,
+        baselines=outcome.baselines,
+        front=outcome.front,
+        chosen=outcome.chosen,
+        verdict=outcome.verdict,
+        trials=sum(row.trial is not None for row in ledger.rows),
+        evaluations=int(ledger.before["evaluations"]) + course.evaluations,
+        seconds=seconds,
+        predicted_bound=course.bound(),
+        removed=course.space.removed,
+        folder=str(course.folder.path),
+        seed=course.seed,
+        confirmed=course.confirmed,
+        explained=_explained(course, outcome.best),
+        notes=tuple(filter(None, (*course.notes, course.unconfirmed))),
+    )
+    course.folder.write("result.json", as_json(result))
+    course.news("done", outcome.verdict.text)
+    return result
+
+
+def _explained(course: Course, best: Measurement | None) -> tuple[Explained, ...]:
+    """Explain the plan to use, as far as it lies in the space and trials told something."""
+    if best is None or course.sampler is None or best.step_ms is None:
+        return ()
+    return explain(
+        course.space,
+        best.assignment,
+        course.ledger.believed(course.sampler),
+        course.known,
+        limit=course.limit_value,
+        step_ms=best.step_ms,
+    )
+
+
+def _plan_of(course: Course, found: Measurement) -> Plan:
+    """Return the plan of a measurement, with its figures as evidence."""
+    fixed = {b.name: b.plan for b in course.plans.baselines} | {RECOMMENDED: course.plans.recommended}
+    same = fixed.get(found.name)
+    plan = same if same is not None and same.assignment == found.assignment else course.plan(found.assignment)
+    return plan.with_evidence(
+        evidence(
+            found,
+            course.device,
+            drop_unit=course.drop_unit,
+            weights_digest=course.ledger.weights_digest,
+            seed=course.seed,
+        )
+    )
+
+
+def carry_out(course: Course, storage: str | BaseStorage | None, resume: bool, trials: int | None) -> SearchResult:
+    """Measure until the budget is spent, and return the result, which is written by then."""
+    course.ledger = course.open(storage, resume)
+    try:
+        course.probe()
+        course.measure_baselines()
+        course.search(trials)
+        _confirm(course)
+    except KeyboardInterrupt:
+        course.ledger.stop()
+        where = course.folder.path
+        raise Interrupted(
+            f"interrupted after {duration_text(course.budget.elapsed)}; what was measured is in {where}. Go on with: "
+            f"autoprec search {shlex.quote(course.workload.model_id)} --resume --out {shlex.quote(str(where))}",
+            folder=str(where),
+            result=_finish(course) if course.ledger.reference else None,
+        ) from None
+    return _finish(course)
