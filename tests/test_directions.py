@@ -60,6 +60,16 @@ def test_of_two_classes_nothing_is_drawn_but_a_sign() -> None:
         assert torch.allclose(size, (p * (1 - p)).sqrt(), atol=1e-6)
 
 
+def test_of_few_classes_all_turns_together_are_the_curvature_exactly() -> None:
+    logits, error = torch.randn(3, 2, 6), 1e-3 * torch.randn(3, 2, 6)
+    read = readout(ReadoutKind.LOGITS, logits)
+    squares = [(draw_direction(read, 7, turn).double() * error).sum(-1).square() for turn in range(8)]
+    p = logits.double().softmax(-1)
+    bend = (p * error**2).sum(-1) - (p * error).sum(-1) ** 2
+    assert torch.allclose(torch.stack(squares).mean(0), bend, rtol=1e-5)
+    assert not torch.allclose(squares[0], bend, rtol=1e-2)
+
+
 def test_a_direction_leaves_the_sum_of_probabilities_alone() -> None:
     direction = draw_direction(readout(ReadoutKind.LOGITS, torch.randn(4, 5, 7)), seed=3)
     # a constant added to all logits changes no prediction, so no direction may see it

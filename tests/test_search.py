@@ -202,6 +202,7 @@ def _as_if_fast(request: Request, measure: Evaluate) -> Measurement:
         step_ms_ci95=(clock / factor * 0.99, clock / factor * 1.01),
         speedup=factor,
         speedup_ci95=(factor * 0.99, factor * 1.01),
+        pace=None,
     )
 
 
@@ -247,7 +248,9 @@ def test_a_uniform_plan_is_written_where_it_is_the_answer(tmp_path: Path, monkey
         found = measure(request)
         factor = {"uniform bf16": 2.0}.get(request.name, 1.0)
         clock = request.reference_ms or found.step_ms or 1.0
-        return dataclasses.replace(found, step_ms=clock / factor, speedup=factor, speedup_ci95=(factor, factor))
+        return dataclasses.replace(
+            found, step_ms=clock / factor, speedup=factor, speedup_ci95=(factor, factor), pace=None
+        )
 
     instead(monkeypatch, change)
     result = search(workload(), budget=300, trials=2, max_drop="5%", out=tmp_path / "run")
@@ -529,7 +532,7 @@ def test_a_plan_that_fails_is_noted_and_the_search_goes_on(tmp_path: Path, error
     batches = [b["input_ids"] for b in workload().batches if isinstance(b, dict)]
     work, out = Workload(model, batches, mode="infer", outputs="logits"), tmp_path / "run"
     before = state_of(model)
-    result = search(work, budget=300, space="roles", out=out)
+    result = search(work, budget=300, trials=99, space="roles", out=out)
     assert {m.name: m.reason for m in result.baselines if m.name in RUNNABLE} == {
         "uniform fp32": None,
         "uniform bf16": reason,

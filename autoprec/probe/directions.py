@@ -22,17 +22,23 @@ _FEW_CLASSES = 32
 _ROUNDING = 1e-14
 
 
-def draw_direction(read: Readout, seed: int) -> Tensor:
-    """Return a direction [B, P, C] in the dtype of the predictions, zero where a position does not count."""
+def draw_direction(read: Readout, seed: int, turn: int = 0) -> Tensor:
+    """Return a direction [B, P, C] in the dtype of the predictions, zero where a position does not count.
+
+    Args:
+        turn: how many were drawn with this seed before; of few classes all turns together leave less to chance.
+    """
     predictions = read.predictions.detach()
-    generator = torch.Generator(predictions.device).manual_seed(seed)
+    few = read.kind is ReadoutKind.LOGITS and predictions.shape[-1] <= _FEW_CLASSES
+    # a prime, so that no batch of a later turn has the seed of another
+    generator = torch.Generator(predictions.device).manual_seed(seed if few else seed + 1_000_003 * turn)
     if read.kind is ReadoutKind.VALUES:
         direction = _signs(predictions, generator)
     elif read.kind is ReadoutKind.BINARY:
         p = predictions.float().sigmoid()
         direction = _signs(p, generator) * (p * (1 - p)).sqrt()
-    elif predictions.shape[-1] <= _FEW_CLASSES:
-        direction = _eigen_signs(_distribution(predictions, read.counted), generator)
+    elif few:
+        direction = _eigen_signs(_distribution(predictions, read.counted), generator, turn)
     else:
         p = _distribution(predictions, read.counted)
         direction = p.sqrt() * _signs(p, generator)
@@ -40,12 +46,18 @@ def draw_direction(read: Readout, seed: int) -> Tensor:
     return _where_counted(direction, read)
 
 
-def _eigen_signs(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Return Σ ±√λ v over the eigenvectors of the Fisher matrix of distributions [..., C]."""
+def _eigen_signs(p: Tensor, generator: torch.Generator, turn: int) -> Tensor:
+    """Return Σ ±√λ v over the eigenvectors of the Fisher matrix of distributions [..., C].
+
+    From turn to turn signs change as Walsh's functions do, the largest eigenvalues' first: the product of any two of
+    them has as many signs of one kind as of the other, so what two directions have in common cancels.
+    """
     wide = p.cpu().double()  # not every device has batches of small eigenproblems, nor FP64
     wide = wide / wide.sum(-1, keepdim=True)  # in FP32 the sum is 1 but for its rounding
     values, vectors = torch.linalg.eigh(torch.diag_embed(wide) - wide[..., :, None] * wide[..., None, :])
-    sizes = torch.where(values > _ROUNDING, values, 0.0).sqrt() * _signs(p, generator).cpu()
+    ranks = range(p.shape[-1] - 1, -1, -1)  # eigenvalues rise
+    walsh = torch.tensor([1.0 - 2.0 * ((turn & rank).bit_count() % 2) for rank in ranks])
+    sizes = torch.where(values > _ROUNDING, values, 0.0).sqrt() * _signs(p, generator).cpu() * walsh
     direction: Tensor = (vectors * sizes[..., None, :]).sum(-1)
     return torch.where(wide > 0, direction, 0.0).to(p)
 

@@ -57,8 +57,7 @@ class Tally:
         effects, read = replayer.run(
             batch,
             formats,
-            # a prime, so that no batch of a later draw has the seed of another
-            lambda read: _checked_direction(read, workload, batch, index, seed + 1_000_003 * number + index),
+            lambda read: _checked_direction(read, workload, batch, index, seed + index, number),
         )
         self.kind, self.factor, self.spread = read.kind, second_order_factor(read.kind), spread_of_squares(read)
         if number == 0:
@@ -135,9 +134,11 @@ def _add(sums: dict[Key, dict[int, Array]], key: Key, index: int, value: Array) 
     by_batch[index] = by_batch[index] + value if index in by_batch else value
 
 
-def _checked_direction(read: Readout, workload: Workload, batch: Batch, index: int, seed: int) -> torch.Tensor:
+def _checked_direction(
+    read: Readout, workload: Workload, batch: Batch, index: int, seed: int, turn: int
+) -> torch.Tensor:
     check_finite(read, lambda: first_bad_unit(workload, batch), index)
-    return draw_direction(read, seed)
+    return draw_direction(read, seed, turn)
 
 
 def check_finite(read: Readout, culprit: Callable[[], str], index: int) -> None:

@@ -195,12 +195,12 @@ class Survey:
         if len(batches) == self.steps:  # not put together: then these are the forwards that measuring would take
             self._step_takes(taken / self.steps)
         each, allowed = self._replay_seconds(taken / count), min(self.clock.allowed, self._share())
-        fitting = int((_ALL * allowed - self.clock.elapsed) / each)
+        fitting = max(int((_ALL * allowed - self.clock.elapsed) / each), min(_FEWEST_EXAMPLES, count))
         for index, read in enumerate(reads):
             check_finite(read, partial(first_bad_unit, self.workload, batches[index]), index)
         if fitting >= count:
             return
-        chosen = select(batches, reads, max(fitting, min(_FEWEST_EXAMPLES, count)), self.seed)
+        chosen = select(batches, reads, fitting, self.seed)
         self.reference = [compare(read, read) for read in reads]
         self.workload = self.workload.with_batches(joined(chosen.batches, self._rows_together(chosen.batches)))
         ends = np.cumsum([batch_rows(batch) for batch in self.workload.batches])

@@ -133,7 +133,9 @@ def print_explained(console: Console, result: SearchResult) -> None:
     if not result.explained:
         return
     unit = drop_unit((*result.baselines, *result.front))
-    print_heading(console, "Why", "each unit's drop and the time it adds to FP32, as learnt from all trials")
+    print_heading(
+        console, "Why", "each unit's drop and the time it adds to FP32, as learnt from the trials of the space"
+    )
     columns: list[Column] = [
         ("unit", "left"),
         ("format", "left"),

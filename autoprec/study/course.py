@@ -52,7 +52,7 @@ RECOMMENDED = "recommended"
 #: where no plan within the limit is predicted to be faster by more than two times that count as the same
 _IDLE, _NO_GAIN, _SAME = 3, 1e-3, 0.02
 #: drops beyond this many limits, and under this part of one, are as good as one another to a search
-_CORNER, _FLOOR = 10.0, 1e-4
+_CORNER, _FLOOR = 10.0, 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

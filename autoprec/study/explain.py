@@ -95,7 +95,7 @@ def _reason(
     parts = []
     if wider is not None:
         if wider.time_ms <= none_ms:
-            parts.append(f"{wider.format} would cost no time: it is {choice} by no more than chance")
+            parts.append(f"{wider.format} would cost no time and save {-wider.drop:.3g} of drop")
         else:
             parts.append(f"{wider.format} would cost {wider.time_ms:.3g} ms to save {-wider.drop:.3g} of drop")
     if narrower is not None:
