@@ -12,7 +12,7 @@ DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast real nightly gpu bench bench-sensitivity models clean
+.PHONY: help demo test lint types fast real nightly gpu bench bench-search bench-sensitivity models clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-18s", $$2; $$1 = $$2 = ""; print $$0}'
@@ -47,6 +47,10 @@ bench: $(TEST_READY) ## run the benchmarks and write benchmarks/results/
 
 bench-sensitivity: models ## predicted drops against the recorded true ones, and the predicted front; half an hour
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench_sensitivity.py
+
+bench-search: models ## samplers on an exhaustive truth, and the verdict's error rates, simulated; half an hour
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_sampler.py
+	$(BIN)/python benchmarks/bench_verdict.py
 
 models: $(TEST_READY) ## prepare the trained models and texts of the real tests
 	$(BIN)/python benchmarks/models.py

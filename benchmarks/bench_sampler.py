@@ -1,12 +1,12 @@
 """Share of the true hypervolume that samplers reach by evaluations, and what the sampler itself takes.
 
-    python benchmarks/bench_sampler.py [exhaustive] [wrong] [none] [large] [speed] [--seeds 5]
+    python benchmarks/bench_sampler.py [exhaustive] [wrong] [speed] [--seeds 5]
 
 `exhaustive`: every assignment of a small real model was measured (`exhaustive.py`), so the true front is known. Times
 come from a table of what an H100 would take (below), casts between neighbours in the cost. All samplers start from the
 same three uniform plans, which count. FrontSampler's prior of drops is one `probe_sensitivity`, that of times the
-table with an error of 10 % a unit and format. `wrong`: its drop prior is off by a random factor of up to 10 a unit;
-`none`: no prior. `large`: SmolLM2, 62 units, measured as it goes. `speed`: seconds a trial, and memory.
+table with an error of 10 % a unit and format. `wrong`: its drop prior is off by a random factor of up to 10 a unit, and
+no prior at all. `speed`: seconds a trial, and memory.
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--seeds", type=int, default=5)
     asked = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # small products: threads would wait for each other
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     for part in asked.parts or PARTS:
