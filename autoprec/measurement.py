@@ -266,12 +266,9 @@ def _measurement(
         reasons.append(f"stopped after {len(parts)} of {len(request.workload.batches)} batches: too large a drop")
     if fake:
         reasons.append("FP8 is emulated: its numbers are real, its speed and memory are not measured")
-    return Measurement(
-        name=request.name,
-        assignment=request.plan.assignment,
-        drop=summary.drop.value,
-        drop_ci95=summary.drop.ci95,
-        drop_percent=summary.drop_percent,
+    drops = _drops_alone(request, summary, parts)
+    return replace(
+        drops,
         loss_rise=summary.loss_rise.value if summary.loss_rise else None,
         loss_rise_ci95=summary.loss_rise.ci95 if summary.loss_rise else None,
         grad_error=gradient.error,
@@ -284,14 +281,13 @@ def _measurement(
         pace=None if fake else str(pace(timing.reference_s, timing.plan_s).answer),
         peak_bytes=None if fake else peak.bytes,
         metric=metric,
-        origin=MeasurementOrigins(
-            drop=Origin.EMULATED if fake else Origin.MEASURED,
+        origin=replace(
+            drops.origin,
             step_ms=None if fake else Origin.MEASURED,
             peak_bytes=None if fake or peak.bytes is None else Origin.MEASURED,
             metric=None if metric is None else Origin.EMULATED if fake else Origin.MEASURED,
         ),
         reason="; ".join(reasons) or None,
-        batch_drops=_batch_drops(parts),
     )
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["Pace", "Speed", "pace"]
+__all__ = ["SAME", "Pace", "Speed", "pace"]
 
 Array = npt.NDArray[np.float64]
 
 #: pairs of steps for a pace at all and for one by ranks, blocks of fewer, and the level of each side of its interval
 #: (half of 1 %: "faster" is to be wrong at most once in a hundred, on machines whose noise is not quite independent)
 _PAIRS, _RANKS, _BLOCKS, _PACE_LEVEL = 8, 20, 10, 0.005
-#: two step times whose ratio is within this count as the same, as in the verdict
-_SAME = 1.02
+#: two step times whose ratio is within this count as the same: shared machines are noisy
+SAME = 1.02
 
 
 class Speed(StrEnum):
@@ -55,9 +55,9 @@ def pace(reference_s: Sequence[float], plan_s: Sequence[float]) -> Pace:
         return Pace(math.exp(float(np.median(logs))), None, Speed.SAME, len(logs))
     low, middle, high = (math.exp(x) for x in (_by_ranks(logs) if len(logs) >= _RANKS else _by_blocks(logs)))
     answer = Speed.SAME
-    if low > 1.0 and middle > _SAME:
+    if low > 1.0 and middle > SAME:
         answer = Speed.FASTER
-    elif high < 1.0 and middle < 1 / _SAME:
+    elif high < 1.0 and middle < 1 / SAME:
         answer = Speed.SLOWER
     return Pace(middle, (low, high), answer, len(logs))
 

@@ -34,7 +34,7 @@ from autoprec.records import ModelProfile, Progress
 from autoprec.report.grouping import few
 from autoprec.runtime.attach import applied
 
-__all__ = ["Survey"]
+__all__ = ["Survey", "pass_forwards"]
 
 #: allowed by default: what so many passes over all batches take, so that a deep model costs no more for each unit than
 #: a shallow one; of few units, no more than a share of what measuring them one by one would take
@@ -54,6 +54,11 @@ _ENOUGH = 0.04
 #: of a classifier: below this a selection says too little
 _FEWEST_EXAMPLES = 48
 _NOTHING_COUNTS = "no position counts: every label is -100 or masked. Give batches with labels to predict."
+
+
+def pass_forwards(formats: int) -> float:
+    """Return about how many forwards a pass takes: one, a backward, and replays in so many formats."""
+    return _GRADIENT + _REPLAY * formats
 
 
 @dataclass(slots=True, eq=False)
@@ -216,7 +221,7 @@ class Survey:
 
         A layer that is replayed within its block takes that block's other layers along.
         """
-        return forward * (_GRADIENT + _REPLAY * len(self.formats))
+        return forward * pass_forwards(len(self.formats))
 
     def _sweep_selected(self, replayer: Replayer, order: Sequence[int], first: float) -> list[int]:
         """Replay all examples chosen, given what the first batch took; the rest is thinned where time is too short.

@@ -112,7 +112,7 @@ class SearchResult:
     """All that a search found (`result.json`); `chosen` is an index of `front`, or None for do-nothing.
 
     `predicted_bound` says how far the space was searched: `step_ms`, which no plan of it with a drop of at most `drop`
-    beats, as predicted from all trials, and by how many percent that is less than the fastest measured.
+    beats, as predicted from all trials, and by how many percent that is faster than the fastest measured.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -61,8 +61,8 @@ def print_result(console: Console, result: SearchResult) -> None:
         print_line(
             console,
             f"bound: as predicted from all trials, no plan of the space with a drop of at most {number(bound['drop'])} "
-            f"{unit} takes less than {number(bound['step_ms'])} ms, {number(bound['faster_percent'])} % less than the "
-            "fastest measured",
+            f"{unit} takes less than {number(bound['step_ms'])} ms, which is {number(bound['faster_percent'])} % faster "
+            "than the fastest measured",
         )
     print_heading(console, "Verdict", f"{result.verdict.decision}: {result.verdict.text}")
     if result.verdict.break_even_hours is not None:

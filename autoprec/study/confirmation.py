@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from autoprec.errors import UsageError
 from autoprec.study.race import FIRST_LOOK, FLOOR, Answer, Bounds, Spread, checked, drop_bounds, look
 
-__all__ = ["Candidate", "Confirmation", "Try", "confirm", "spending"]
+__all__ = ["Candidate", "Confirmation", "Try", "attempts", "confirm", "spending"]
 
 #: what all confirmations together may wrongly accept, and the first one's part of it; the rest is halved on
 _TOTAL, _FIRST = 0.05, 0.7
@@ -64,7 +64,16 @@ class Confirmation:
 def confirm(
     candidates: Iterable[Candidate], limit: float, batches: int, *, weights: Sequence[float] | None = None
 ) -> Confirmation:
+    """Return what came of `attempts`, all of them at once."""
+    return Confirmation(tuple(attempts(candidates, limit, batches, weights=weights)))
+
+
+def attempts(
+    candidates: Iterable[Candidate], limit: float, batches: int, *, weights: Sequence[float] | None = None
+) -> Iterator[Try]:
     """Try plans in order, on batches that neither probe nor search has used, until one is shown to be within the limit.
+
+    Each try is handed out as it ends, so that none is lost where a later one breaks off.
 
     Args:
         candidates: the one wanted most first. Each is measured batch by batch, in order, and no more once the answer
@@ -76,15 +85,14 @@ def confirm(
     Raises:
         UsageError: the limit is not a number above 0.
     """
-    tries: list[Try] = []
     weigh = [1.0] * batches if weights is None else weights
     if len(weigh) != batches:
         raise UsageError(f"{batches} batches have {len(weigh)} weights; give one weight a batch.")
-    for candidate in candidates:
-        tries.append(_try(candidate, checked(limit), spending(len(tries)), weigh))
-        if tries[-1].answer is Answer.WITHIN:
-            break
-    return Confirmation(tuple(tries))
+    for k, candidate in enumerate(candidates):
+        found = _try(candidate, checked(limit), spending(k), weigh)
+        yield found
+        if found.answer is Answer.WITHIN:
+            return
 
 
 def _try(candidate: Candidate, limit: float, level: float, weights: Sequence[float]) -> Try:

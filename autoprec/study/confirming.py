@@ -9,7 +9,7 @@ from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
 from autoprec.probe.workload import Workload
 from autoprec.records import Confirmed, Measurement
-from autoprec.study.confirmation import Candidate, Try, confirm
+from autoprec.study.confirmation import Candidate, Try, attempts
 from autoprec.study.race import FIRST_LOOK, Spread
 
 __all__ = ["OutOfTime", "confirmed", "split"]
@@ -61,18 +61,15 @@ def confirmed(setting: Confirming, wanted: Iterator[Measurement]) -> tuple[tuple
     Raises:
         MeasurementError: the reference cannot be run, or its output is not finite.
     """
-    tries: list[Try] = []
+    tries: list[Confirmed] = []
     weights = [float(setting.unseen.tokens(batch)) for batch in setting.unseen.batches]
-
-    def candidates() -> Iterator[Candidate]:
-        for found in wanted:
-            yield setting.candidate(found)
-
+    candidates = (setting.candidate(found) for found in wanted)
     try:
-        tries.extend(confirm(candidates(), setting.limit, len(weights), weights=weights).tries)
+        for one in attempts(candidates, setting.limit, len(weights), weights=weights):
+            tries.append(_record(one))
     except OutOfTime:
-        return tuple(map(_record, tries)), "the budget ended before a plan was confirmed on unseen batches"
-    return tuple(map(_record, tries)), None
+        return tuple(tries), "the budget ended before a plan was confirmed on unseen batches"
+    return tuple(tries), None
 
 
 def _record(one: Try) -> Confirmed:

@@ -18,6 +18,7 @@ from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
+from autoprec.probe.pacing import SAME
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit
 from autoprec.records import (
@@ -49,8 +50,8 @@ _STALE = 200
 #: name of the recommender's plan among the measured
 RECOMMENDED = "recommended"
 #: so many proposals in a row that are expected to add less than this share of the area under the corner end a search,
-#: where no plan within the limit is predicted to be faster by more than two times that count as the same
-_IDLE, _NO_GAIN, _SAME = 3, 1e-3, 0.02
+#: where no plan within the limit is predicted to be faster by more than what counts as the same
+_IDLE, _NO_GAIN = 3, 1e-3
 #: drops beyond this many limits, and under this part of one, are as good as one another to a search
 _CORNER, _FLOOR = 10.0, 1e-3
 
@@ -101,6 +102,7 @@ class Course:
     ledger: Ledger = field(init=False)
 
     def open(self, storage: str | BaseStorage | None, resume: bool) -> Ledger:
+        """Open or begin the study, and write what is known of device and units."""
         profile, mode = self.space.profile, self.workload.mode
         ledger = open_ledger(
             self.folder,
@@ -135,6 +137,7 @@ class Course:
     # measuring
 
     def measure_baselines(self) -> None:
+        """Measure the baselines that are not known yet, and make them known to the sampler."""
         known = {row.measurement.name for row in self.ledger.rows}
         wanted = list(self.plans.baselines)
         if self.plans.recommended and self.space.of_plan(self.plans.recommended) is None:
@@ -191,6 +194,7 @@ class Course:
             self.ledger.enqueue(recommended, RECOMMENDED)
 
     def search(self, trials: int | None) -> None:
+        """Measure what the sampler proposes, until budget, trials, space or gains end."""
         distributions = self._distributions
         self.sampler = self.ledger.sample_with(self._new_sampler())
         done = sum(row.trial is not None for row in self.ledger.rows)
@@ -200,7 +204,8 @@ class Course:
                 self.news("search", f"the space of {self.space.size} assignments is seen")
                 break
             trial = self.ledger.ask(distributions)
-            idle = idle + 1 if (self.sampler.gain or 1.0) < _NO_GAIN else 0
+            gain = self.sampler.gain
+            idle = idle + 1 if gain is not None and gain < _NO_GAIN else 0
             assignment = self.space.assignment(trial.params)
             before = seen.get(_key(assignment))
             if before is not None:
@@ -214,8 +219,13 @@ class Course:
             done += 1
             left = self.budget.left if trials is None else (trials - done) * self.budget.each_seconds
             self.news("search", found.name, left, trial=trial.number, measurement=found)
-            if trials is None and idle >= _IDLE and (bound := self.bound()) and bound["faster_percent"] < 100 * _SAME:
-                self.news("search", f"nothing left to gain: {bound_text(bound, self.limit)}")
+            if (
+                trials is None
+                and idle >= _IDLE
+                and (bound := self.bound())
+                and bound["faster_percent"] < 100 * (SAME - 1)
+            ):
+                self.news("search", f"nothing left to gain: {_bound_text(bound, self.limit)}")
                 break
 
     def _new_sampler(self) -> FrontSampler:
@@ -250,6 +260,7 @@ class Course:
         return {"drop": self.limit_value, "step_ms": least, "faster_percent": gain}
 
     def measured(self) -> list[Measurement]:
+        """Return all that was measured, baselines first."""
         return [row.measurement for row in self.ledger.rows]
 
     def _seen(self) -> dict[_Key, Measurement]:
@@ -292,6 +303,7 @@ class Course:
         return judge(drops, self.limit_value, spread=spread, planned=len(self.workload.batches)) is Answer.ABOVE
 
     def plan(self, assignment: Mapping[str, Format]) -> Plan:
+        """Return the plan of an assignment of the space."""
         return Plan.assign(
             self.space.profile,
             assignment,
@@ -310,6 +322,7 @@ class Course:
         trial: int | None = None,
         measurement: Measurement | None = None,
     ) -> None:
+        """Tell whoever listens."""
         self.tell(
             Progress(
                 stage=stage,
@@ -326,5 +339,5 @@ def _key(assignment: Mapping[str, Format]) -> _Key:
     return tuple(sorted((name, str(choice)) for name, choice in assignment.items()))
 
 
-def bound_text(bound: Mapping[str, float], limit: DropLimit) -> str:
+def _bound_text(bound: Mapping[str, float], limit: DropLimit) -> str:
     return f"as predicted, no plan within {limit} is {bound['faster_percent']:.1f} % faster than the fastest measured"

@@ -11,8 +11,6 @@ from autoprec.study.space import SearchSpace
 
 __all__ = ["explain"]
 
-#: from the widest to the narrowest
-_ORDER = (Format.FP32, Format.BF16, Format.FP16, Format.FP8)
 #: gains of time below this share of a step are none
 _NOTHING = 1e-3
 
@@ -44,7 +42,7 @@ def explain(
     for decision in space.decisions:
         name, choice = decision.name, now[decision.name]
         steps = {f: _step(believed[name], choice, f) for f in decision.formats}
-        order = sorted(decision.formats, key=_ORDER.index)
+        order = sorted(decision.formats, key=list(Format).index)
         at = order.index(choice)
         wider = steps[order[at - 1]] if at > 0 else None
         narrower = steps[order[at + 1]] if at + 1 < len(order) else None

@@ -8,6 +8,7 @@ from autoprec.errors import MeasurementError, StudyError
 from autoprec.files import as_json, from_json, read_json
 from autoprec.formats import Format
 from autoprec.probe.sensitivity import probe_sensitivity
+from autoprec.probe.survey import pass_forwards
 from autoprec.probe.workload import Workload
 from autoprec.records import DeviceProfile, Estimate, Origin, Progress, SensitivityProfile
 from autoprec.study.budget import Budget
@@ -17,9 +18,8 @@ from autoprec.study.space import SearchSpace
 __all__ = ["drop_priors", "sensitivity_of", "time_priors"]
 
 #: what the probe may take: no more than this share of the budget, nor than so many passes over all batches beside what
-#: it needs to begin with; of a pass, forwards in all and for each format (`survey`)
+#: it needs to begin with (a probe by itself takes four, and a search has more use for each)
 _SHARE, _SWEEPS, _BEGIN_SECONDS = 0.15, 6.0, 1.0
-_PASS, _REPLAY = 2.5, 1.5
 #: of a step, what is the work of units; and by how much a square product's rate may be off for a unit
 _UNITS_SHARE, _OFF = 0.8, 2.0
 
@@ -46,7 +46,7 @@ def sensitivity_of(
         known = from_json(SensitivityProfile, data, what=f"sensitivity profile {path}", error=StudyError)
         if known.data_digest == workload.data_digest() and set(formats) <= set(known.formats):
             return known, None
-    sweep = len(workload.batches) * forward_seconds * (_PASS + _REPLAY * len(formats))
+    sweep = len(workload.batches) * forward_seconds * pass_forwards(len(formats))
     seconds = min(_SHARE * budget.seconds, _BEGIN_SECONDS + _SWEEPS * sweep)
     try:
         found = probe_sensitivity(workload, formats, seconds=seconds, seed=seed, progress=tell)

@@ -25,7 +25,8 @@ Prior: TypeAlias = SensitivityProfile | Mapping[str, Mapping[str, float | Estima
 
 #: of a drop given as a bare value: standard deviation of its logarithm (replay is within 1.25 times for half of units)
 _BARE = 0.35
-#: of a drop of which nothing is known: that of units of one format, and that of the format as a whole
+#: of a drop of which nothing is known: that of units of one format, and that of the format as a whole (drops of units
+#: of a model span two orders of magnitude in docs/sensitivity.md, models differ by more)
 _UNKNOWN, _UNKNOWN_FORMAT = 1.5, 3.0
 #: error of the logarithms of all drops of a format together
 _TOGETHER = 0.15
@@ -42,8 +43,8 @@ _TIME_NOISES = (1e-4, 1e-3, 5e-3, 2e-2)
 class Names:
     """Units and their formats in one order; a part is a pair of both, flat [P]; `costly` are parts that add anything.
 
-    The first unit format that is the widest is what others are counted from: its time is in the constant, and FP32
-    drops nothing.
+    FP32 is what others are counted from: it drops nothing, and its time is in the constant. Of a unit without it, every
+    format adds to the constant.
     """
 
     formats: Mapping[str, tuple[Format, ...]]
@@ -121,7 +122,7 @@ def drop_belief(names: Names, prior: Prior, floor: float) -> Belief:
     for index, (unit, choice) in enumerate(parts):
         given = table.get(unit, {}).get(choice)
         if given is None:
-            # a rounding error's square, in a model of about ten such units
+            # a drop goes with the square of the rounding error; by which factor, the spread leaves open
             means[index] = 2 * math.log(_unit_roundoff(choice))
             spreads[index] = _UNKNOWN
         else:

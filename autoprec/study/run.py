@@ -60,7 +60,8 @@ def search(
     """Search for the fastest assignment of formats whose drop is within a limit, by measuring.
 
     Args:
-        workload: what is measured, on the device it is on.
+        workload: what is measured, on the device it is on; of eight batches or more the second half is kept for
+            confirmation.
         budget: wall clock for everything, as '20m' or seconds.
         trials: stop after this many trials of the space, those of a resumed search counted, if the budget lasts.
         max_drop: '0.25%' of the reference's loss, or nats as '0.005'.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from autoprec.probe.pacing import SAME
 from autoprec.quantities import DropLimit
 from autoprec.records import Confirmed, Measurement, Verdict, VerdictDecision
 from autoprec.study.front import feasible
 
 __all__ = ["best_uniform", "choose", "decide", "wanted"]
 
-#: two step times whose ratio is within this count as the same (design of the figures: shared machines are noisy)
-_SAME = 1.02
 #: the baseline that is the reference itself; its speedup is noise, whatever its interval says
 _REFERENCE = "uniform fp32"
 
@@ -32,7 +31,7 @@ def choose(front: Sequence[Measurement], baselines: Collection[str], limit: Drop
     if not usable:
         return None
     fastest = min(usable, key=lambda i: _step(front[i]))
-    plain = [i for i in usable if front[i].name in baselines and _step(front[i]) <= _SAME * _step(front[fastest])]
+    plain = [i for i in usable if front[i].name in baselines and _step(front[i]) <= SAME * _step(front[fastest])]
     return min(plain, key=lambda i: _step(front[i])) if plain else fastest
 
 
@@ -77,7 +76,7 @@ def decide(
             break_even_hours=None,
         )
     gain = _step(uniform) / _step(best) if uniform else None
-    real = gain is not None and gain > _SAME and uniform is not None and _clearly_faster(best, uniform)
+    real = gain is not None and gain > SAME and uniform is not None and _clearly_faster(best, uniform)
     beside = _beside(best, uniform, gain, real)
     return Verdict(
         decision=VerdictDecision.USE_PLAN,
@@ -127,7 +126,7 @@ def _beats_reference(measurement: Measurement) -> bool:
         return measurement.pace == "faster"
     if measurement.speedup_ci95 is not None:
         return measurement.speedup_ci95[0] > 1.0
-    return (measurement.speedup or 0.0) > _SAME
+    return (measurement.speedup or 0.0) > SAME
 
 
 def _clearly_faster(one: Measurement, other: Measurement) -> bool:
