@@ -56,14 +56,7 @@ def print_result(console: Console, result: SearchResult) -> None:
         print_line(console, f"> {result.chosen + 1} is the chosen plan")
     _removals(console, result)
     _confirmations(console, result, unit)
-    if result.predicted_bound:
-        bound = result.predicted_bound
-        print_line(
-            console,
-            f"bound: as predicted from all trials, no plan of the space with a drop of at most {number(bound['drop'])} "
-            f"{unit} takes less than {number(bound['step_ms'])} ms, which is {number(bound['faster_percent'])} % faster "
-            "than the fastest measured",
-        )
+    _bound(console, result, unit)
     print_heading(console, "Verdict", f"{result.verdict.decision}: {result.verdict.text}")
     if result.verdict.break_even_hours is not None:
         hours = number(result.verdict.break_even_hours)
@@ -115,6 +108,18 @@ def _removals(console: Console, result: SearchResult) -> None:
     for (choice, reason), units in counts.items():
         amount = units[0] if len(units) == 1 else f"{len(units)} units"
         print_line(console, f"not tried: {choice} in {amount}: {reason}")
+
+
+def _bound(console: Console, result: SearchResult, unit: str) -> None:
+    """Print what no plan of the space beats, as predicted."""
+    if result.predicted_bound is None:
+        return
+    drop, step, gain = (number(result.predicted_bound[key]) for key in ("drop", "step_ms", "faster_percent"))
+    print_line(
+        console,
+        f"bound: as predicted from all trials, no plan of the space with a drop of at most {drop} {unit} takes less "
+        f"than {step} ms, which is {gain} % faster than the fastest measured",
+    )
 
 
 def _confirmations(console: Console, result: SearchResult, unit: str) -> None:
