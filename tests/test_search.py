@@ -180,6 +180,10 @@ def test_a_search_measures_and_writes(tmp_path: Path, mode: str) -> None:
         assert not any(
             d <= member.drop and t <= member.step_ms and (d, t) != (member.drop, member.step_ms) for d, t in points
         )
+    bound = result.predicted_bound  # no measured plan beats it, on the clock of the result
+    assert bound is not None
+    usable = [m.step_ms for m in result.front if m.step_ms and (m.drop or 0.0) <= bound["drop"]]
+    assert bound["step_ms"] <= min(usable) * (1 + 1e-9)
     assert [p.stage for p in news][0] == "probe" and news[-1].stage == "done"
     assert news[-1].message == result.verdict.text
     assert [p.measurement.name for p in news if p.measurement and p.stage == "baselines"] == [

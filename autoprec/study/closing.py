@@ -60,7 +60,12 @@ def _finish(course: Course) -> SearchResult:
     ledger = course.ledger
     assert ledger.reference is not None
     seconds = ledger.before["seconds"] + course.budget.elapsed
+    bound, before = course.bound(), ledger.reference.step_ms
     ledger.replace(on_one_clock([ledger.reference, *(row.measurement for row in ledger.rows)]))
+    # what the sampler believes is on the clock that the trials were told on
+    clock = (ledger.reference.step_ms or 1.0) / (before or 1.0)
+    if bound:
+        bound["step_ms"] *= clock
     outcome = outcome_of(
         course.measured(), course.plans.names, course.limit, seconds, course.confirmed, course.unconfirmed
     )
@@ -83,12 +88,12 @@ def _finish(course: Course) -> SearchResult:
         trials=sum(row.trial is not None for row in ledger.rows),
         evaluations=int(ledger.before["evaluations"]) + course.evaluations,
         seconds=seconds,
-        predicted_bound=course.bound(),
+        predicted_bound=bound,
         removed=course.space.removed,
         folder=str(course.folder.path),
         seed=course.seed,
         confirmed=course.confirmed,
-        explained=_explained(course, outcome.best),
+        explained=_explained(course, outcome.best, clock),
         notes=tuple(filter(None, (*course.notes, course.unconfirmed))),
     )
     course.folder.write("result.json", as_json(result))
@@ -96,14 +101,17 @@ def _finish(course: Course) -> SearchResult:
     return result
 
 
-def _explained(course: Course, best: Measurement | None) -> tuple[Explained, ...]:
-    """Explain the plan to use, as far as it lies in the space and trials told something."""
+def _explained(course: Course, best: Measurement | None, clock: float) -> tuple[Explained, ...]:
+    """Explain the plan to use, as far as it lies in the space and trials told something; times on another clock."""
     if best is None or course.sampler is None or best.step_ms is None:
         return ()
     return explain(
         course.space,
         best.assignment,
-        course.ledger.believed(course.sampler),
+        {
+            name: {choice: one.on_clock(clock) for choice, one in own.items()}
+            for name, own in course.ledger.believed(course.sampler).items()
+        },
         course.known,
         limit=course.limit_value,
         step_ms=best.step_ms,

@@ -71,6 +71,11 @@ class Believed:
     drop: Estimate
     time: Estimate
 
+    def on_clock(self, factor: float) -> Believed:
+        """Return it with the time in another unit."""
+        t = self.time
+        return Believed(self.drop, Estimate(t.value * factor, t.low * factor, t.high * factor, t.origin))
+
 
 class FrontSampler(BaseSampler):
     """Proposes formats of units for a study that minimises (drop, time).
