@@ -51,7 +51,7 @@ _SMALL_WORK = 2e9
 _GRADIENT, _REPLAY = 2.5, 1.0
 #: a forward with one unit in another format over the plain one; and from what share of it on what is done around it
 #: is not small
-_WITH_CASTS, _MUCH_AROUND = 1.2, 0.1
+_WITH_CASTS, _MUCH_AROUND = 1.05, 0.1
 #: relative standard error of a typical unit below which no further pass is made
 _ENOUGH = 0.04
 #: examples chosen are thinned where time is short by more than a slack, once a telling share of them was replayed
