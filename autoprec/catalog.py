@@ -6,6 +6,7 @@ they stand beside the package. A file is checked strictly: an unknown, missing o
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 from autoprec.errors import AutoprecError, DeviceError, closest
 from autoprec.files import from_json
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
+from autoprec.kept import BOOST, kept_names, kept_profile
 from autoprec.records import DeviceProfile, FormatSupport, Origin, Support
 
 __all__ = [
@@ -88,28 +90,41 @@ def device_names() -> tuple[str, ...]:
 
 
 def find_device(name: str) -> DeviceProfile:
-    """Return the profile of a catalogued device by name, alias or unique prefix; case does not matter.
+    """Return the profile of a device by name, alias or unique prefix; case does not matter.
+
+    A profile measured by `autoprec probe` (`kept`) beats the datasheet; a device without a file here is found by its.
 
     Raises:
-        DeviceError: no device is called so (with the closest names), or several begin so (with all of them).
+        DeviceError: no device is called so (with the closest names), several begin so (with all of them), or the
+            measured profile has a missing or impossible figure.
     """
-    return find_entry(name).profile
+    kept = kept_names()
+    found = _resolve(name, {**{device: device for device in kept}, **_spellings()})
+    entry = _entries().get(found)
+    known = entry.profile if entry else None
+    profile = (kept_profile(found, known) if found in kept else None) or known
+    assert profile is not None  # a name is from the catalogue or from what is kept
+    return profile
 
 
 def find_entry(name: str) -> CatalogueEntry:
-    """Return the whole catalogue entry of a device; names and errors as in `find_device`."""
+    """Return the whole catalogue entry of a device, as its file is; names and errors as in `find_device`."""
+    return _entries()[_resolve(name, _spellings())]
+
+
+def _resolve(name: str, known: Mapping[str, str]) -> str:
+    """Return the device that a spelling means: a whole one beats the beginning of one."""
     wanted = name.strip().lower()
-    known = _spellings()
     if wanted in known:
-        return _entries()[known[wanted]]
+        return known[wanted]
     begun = sorted({device for spelling, device in known.items() if wanted and spelling.startswith(wanted)})
     if len(begun) == 1:
-        return _entries()[begun[0]]
+        return begun[0]
     if begun:
         raise DeviceError(f"'{name}' could be any of {', '.join(begun)}; write more of the name")
     raise DeviceError(
         f"there is no device '{name}' here or in the catalogue{closest(wanted, known)}. "
-        f"Choose auto, cpu, cuda, mps, xpu, or a catalogued name: {', '.join(device_names())}."
+        f"Choose auto, cpu, cuda, mps, xpu, or a name: {', '.join(sorted(set(known.values())))}."
     )
 
 
@@ -175,8 +190,14 @@ def _device_entry(data: dict[str, Any], what: str) -> CatalogueEntry:
     file = from_json(_DeviceFile, data, what=what)
     for place, given in (("peak_tflops", file.peak_tflops), ("achieved_fraction", file.achieved_fraction)):
         for key, value in given.items():
-            if key not in _PEAKS or value <= 0:
+            if key not in _PEAKS or not 0 < value < math.inf:
                 raise AutoprecError(f"{what} is not valid at {place}.{key}: use one of {', '.join(_PEAKS)}, above zero")
+    for key, share in file.achieved_fraction.items():
+        if key not in file.peak_tflops or share > BOOST:
+            raise AutoprecError(
+                f"{what} is not valid at achieved_fraction.{key}: give the peak too; clocks above the nominal explain "
+                f"{BOOST} of it at most (got {share:g})"
+            )
     wanted = {*Format, "tf32"}
     if wrong := sorted(wanted ^ set(file.formats)):
         raise AutoprecError(

@@ -20,7 +20,7 @@ from autoprec.recommender.arguments import training_arguments
 from autoprec.recommender.features import unit_facts
 from autoprec.recommender.figures import Method, expected_figures, memory_figures
 from autoprec.recommender.notes import around_the_plan
-from autoprec.records import DeviceProfile, Mode, ModelProfile
+from autoprec.records import DeviceProfile, Mode, ModelProfile, Origin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,8 @@ def recommend(
 
     Args:
         model_or_id: a module, its profile, or a name (`demo`, a folder, a Hugging Face id), whose weights are not read.
-        device: as in `probe_device`; a device that is here is probed for about a second.
+        device: as in `probe_device`; a device that is here is probed for about a second, unless its name is given and
+            `autoprec probe` measured it before.
         batch_size: sequences a step.
         seq_len: tokens a sequence.
         method: full, lora or qlora.
@@ -181,6 +182,12 @@ def _model_profile(model: nn.Module | ModelProfile | str) -> ModelProfile:
 
 
 def _device_profile(device: str) -> DeviceProfile:
+    """Return what is known of a device: a measured profile that is kept, a probe of what is here, or a datasheet."""
+    from autoprec.probe.known import certainly_absent, named_profile
+
+    known = named_profile(device)
+    if known is not None and (known.origin is Origin.MEASURED or certainly_absent(known)):
+        return known
     from autoprec.probe.device import probe_device
 
     return probe_device(device, seconds=_PROBE_SECONDS)
