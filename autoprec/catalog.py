@@ -26,9 +26,11 @@ from autoprec.records import DeviceProfile, FormatSupport, Origin, Support
 __all__ = [
     "CatalogueEntry",
     "catalogue_match",
+    "data_files",
     "device_names",
     "find_device",
     "find_entry",
+    "read_toml",
     "search_space_file",
     "search_space_names",
 ]
@@ -138,7 +140,7 @@ def catalogue_match(torch_name: str) -> CatalogueEntry | None:
 
 def search_space_names() -> tuple[str, ...]:
     """Return the names of the search spaces that ship with the package, sorted."""
-    return tuple(sorted(_toml_files("search_spaces")))
+    return tuple(sorted(data_files("search_spaces")))
 
 
 def search_space_file(name: str | Path) -> dict[str, Any]:
@@ -147,25 +149,25 @@ def search_space_file(name: str | Path) -> dict[str, Any]:
     Raises:
         AutoprecError: no such name or file, or the file is no TOML, with the line.
     """
-    shipped = _toml_files("search_spaces")
+    shipped = data_files("search_spaces")
     text = str(name)
     if text.lower() in shipped:
-        return _read_toml(shipped[text.lower()], f"search space {text.lower()}")
+        return read_toml(shipped[text.lower()], f"search space {text.lower()}")
     path = Path(text)
     if path.suffix != ".toml" and not path.is_file():
         raise AutoprecError(
             f"there is no search space '{text}'{closest(text.lower(), shipped)}. "
             f"Choose one of {', '.join(sorted(shipped))}, or give the path of a .toml file."
         )
-    return _read_toml(path, f"search space {path}")
+    return read_toml(path, f"search space {path}")
 
 
 @cache
 def _entries() -> Mapping[str, CatalogueEntry]:
     """Read every device file, once."""
     entries: dict[str, CatalogueEntry] = {}
-    for stem, file in sorted(_toml_files("profiles", "devices").items()):
-        entry = _device_entry(_read_toml(file, f"device file {file}"), f"device file {file}")
+    for stem, file in sorted(data_files("profiles", "devices").items()):
+        entry = _device_entry(read_toml(file, f"device file {file}"), f"device file {file}")
         if entry.profile.name != stem:
             raise AutoprecError(f"device file {file}: name is '{entry.profile.name}', but the file is called '{stem}'")
         entries[stem] = entry
@@ -242,17 +244,17 @@ def _data_folder(package: str) -> Traversable:
     return Path(str(root)).parent / package
 
 
-def _toml_files(package: str, *below: str) -> dict[str, Traversable]:
-    """Return the TOML files of a data folder by stem."""
+def data_files(package: str, *below: str, ending: str = ".toml") -> dict[str, Traversable]:
+    """Return the files of a folder of shipped data that have an ending, by their names without it."""
     folder = _data_folder(package)
     for part in below:
         folder = folder.joinpath(part)
     if not folder.is_dir():
         raise AutoprecError(f"the data folder {folder} is missing; install autoprec again")
-    return {f.name.removesuffix(".toml"): f for f in folder.iterdir() if f.name.endswith(".toml")}
+    return {f.name.removesuffix(ending): f for f in folder.iterdir() if f.name.endswith(ending)}
 
 
-def _read_toml(file: Traversable | Path, what: str) -> dict[str, Any]:
+def read_toml(file: Traversable | Path, what: str) -> dict[str, Any]:
     """Read a TOML file whole.
 
     Raises:

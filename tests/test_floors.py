@@ -32,6 +32,7 @@ FLOORS = {
     "catalog": 3,
     "facts": 3,
     "kept": 3,
+    "models": 3,
     "demo": 3,
     "runtime": 4,
     "predict": 4,
@@ -52,6 +53,8 @@ FLOORS = {
 NEIGHBOURS = {
     ("plan", "catalog"),
     ("catalog", "kept"),
+    ("models", "catalog"),
+    ("models", "facts"),
     ("recommender", "probe"),
     ("exporters", "probe"),
     ("doctor", "measurement"),
