@@ -1,7 +1,7 @@
 """The catalogue of models: units, leaves and facts of widely used ones by name, without weights, network or torch.
 
-A model is two files of `profiles/models`: a TOML written by hand (its names, its configuration and the parameter count
-its publisher gives), and beside it a JSON written by `benchmarks/catalogue.py`: what `probe_units` finds in the class of
+A model is two files of `profiles/models`. The TOML is written by hand: its names, its configuration, and the parameter
+count its publisher gives. The JSON is written by `benchmarks/catalogue.py`: what `probe_units` finds in the class of
 transformers built from that configuration, repeated blocks once. `docs/models.md` says how to add one.
 """
 
@@ -32,6 +32,7 @@ __all__ = [
     "find_model",
     "fits_installed",
     "model_names",
+    "model_spellings",
     "models",
 ]
 
@@ -80,9 +81,20 @@ def model_names() -> tuple[str, ...]:
     return tuple(sorted(model.id for model in models().values()))
 
 
+@cache
+def model_spellings() -> Mapping[str, str]:
+    """Return every id and alias, in lower case, with the file it means."""
+    known: dict[str, str] = {}
+    for stem, model in models().items():
+        for name in (*model.ids, *model.aliases):
+            if known.setdefault(name.lower(), stem) != stem:
+                raise ModelError(f"model file {stem}: '{name}' already means {known[name.lower()]}")
+    return known
+
+
 def find_model(name: str) -> CataloguedModel | None:
     """Return the catalogued model of an id or alias; case does not matter. None where there is none."""
-    stem = _spellings().get(name.strip().lower())
+    stem = model_spellings().get(name.strip().lower())
     return None if stem is None else models()[stem]
 
 
@@ -95,10 +107,9 @@ def catalogued_profile(name: str) -> ModelProfile:
         ModelError: no model is called so (with the closest names), or its file is damaged.
     """
     stem, model = _entry(name)
-    file = data_files("profiles", "models", ending=".json")[stem]
     asked = name.strip().lower()
     model_id = next((known for known in model.ids if known.lower() == asked), model.id)
-    return _profile(_structure(file), model_id, f"structure file {file}")
+    return _profile(_structure(stem), model_id, f"structure file {stem}.json")
 
 
 def catalogued_facts(name: str) -> ModelFacts:
@@ -113,7 +124,7 @@ def fits_installed(name: str) -> tuple[bool, str, str]:
     Classes of one release differ in names and shapes from those of another; within 5.23.x they do not.
     """
     stem, _ = _entry(name)
-    made = str(_structure(data_files("profiles", "models", ending=".json")[stem]).get("transformers"))
+    made = str(_structure(stem).get("transformers"))
     try:
         here = version("transformers")
     except PackageNotFoundError:
@@ -152,25 +163,21 @@ def _at(value: Any, index: str) -> Any:
 
 def _entry(name: str) -> tuple[str, CataloguedModel]:
     wanted = name.strip().lower()
-    stem = _spellings().get(wanted)
+    stem = model_spellings().get(wanted)
     if stem is None:
-        raise ModelError(f"there is no model '{name}' in the catalogue{closest(wanted, _spellings())}")
+        raise ModelError(f"there is no model '{name}' in the catalogue{closest(wanted, model_spellings())}")
     return stem, models()[stem]
 
 
 @cache
-def _spellings() -> Mapping[str, str]:
-    """Return every id and alias, in lower case, with the file it means."""
-    known: dict[str, str] = {}
-    for stem, model in models().items():
-        for name in (*model.ids, *model.aliases):
-            if known.setdefault(name.lower(), stem) != stem:
-                raise ModelError(f"model file {stem}: '{name}' already means {known[name.lower()]}")
-    return known
+def _structure(stem: str) -> Mapping[str, Any]:
+    files = data_files("profiles", "models", ending=".json")
+    if stem not in files:
+        raise ModelError(f"model file {stem}.toml has no structure: run `python benchmarks/catalogue.py {stem}`")
+    return _read_structure(files[stem])
 
 
-@cache
-def _structure(file: Traversable) -> Mapping[str, Any]:
+def _read_structure(file: Traversable) -> Mapping[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:

@@ -2,9 +2,9 @@
 
     python benchmarks/catalogue.py [NAME…]
 
-A model's class is built on the meta device, so neither weights nor network are needed; all takes some minutes. Rows that
-repeat block by block are stored once. Run it again after each change of a TOML, and for each new transformers that the
-project moves to.
+A model's class is built on the meta device, so neither weights nor network are needed; all of them take less than a
+minute. Rows that repeat block by block are stored once. Run it again after each change of a TOML, and for each new
+transformers that the project moves to.
 """
 
 from __future__ import annotations

@@ -101,9 +101,12 @@ def _probe_model(
                 raise
             news.say(f"Units only, without drops: {error}")
     if runnable is None:
-        from autoprec.probe.loading import load_skeleton
+        from autoprec.probe.described import described_model
 
-        runnable = load_skeleton(model, trust_remote_code=options["trust_remote_code"])
+        described, note = described_model(model, trust_remote_code=options["trust_remote_code"])
+        if note:
+            news.say(note)
+        return described, None
     if not isinstance(runnable, Workload):  # a module, and nothing to run it on
         return probe_units(runnable, model_id=model), None
     for note in runnable.notes:
