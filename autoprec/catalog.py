@@ -6,7 +6,6 @@ they stand beside the package. A file is checked strictly: an unknown, missing o
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -192,7 +191,7 @@ def _device_entry(data: dict[str, Any], what: str) -> CatalogueEntry:
     file = from_json(_DeviceFile, data, what=what)
     for place, given in (("peak_tflops", file.peak_tflops), ("achieved_fraction", file.achieved_fraction)):
         for key, value in given.items():
-            if key not in _PEAKS or not 0 < value < math.inf:
+            if key not in _PEAKS or value <= 0:
                 raise AutoprecError(f"{what} is not valid at {place}.{key}: use one of {', '.join(_PEAKS)}, above zero")
     for key, share in file.achieved_fraction.items():
         if key not in file.peak_tflops or share > BOOST:
@@ -223,7 +222,7 @@ def _device_entry(data: dict[str, Any], what: str) -> CatalogueEntry:
         peak_tflops=file.peak_tflops,
         bandwidth_gb_per_s=file.bandwidth_gb_per_s,
         sources=file.sources,
-        notes=file.notes,
+        notes=(*file.notes, *_reached(file.achieved_fraction)),
     )
     return CatalogueEntry(
         profile=profile,
@@ -233,6 +232,12 @@ def _device_entry(data: dict[str, Any], what: str) -> CatalogueEntry:
         achieved_fraction=file.achieved_fraction,
         verified=file.verified,
     )
+
+
+def _reached(shares: Mapping[str, float]) -> tuple[str, ...]:
+    """Return what the best measured matmuls reach, as a note; nothing where none is known."""
+    said = ", ".join(f"{share:.0%} in {key}" for key, share in shares.items())
+    return (f"of the peak, the best measured matmul reaches {said}",) if said else ()
 
 
 def _data_folder(package: str) -> Traversable:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from autoprec.errors import AutoprecError, DeviceError
 from autoprec.files import as_json, from_json, write_json
@@ -125,31 +124,17 @@ def _figures(profile: DeviceProfile) -> Iterator[tuple[str, float | None, float 
 
 
 def _read(path: Path, what: str) -> DeviceProfile:
-    """Read a kept file strictly; the places of NaN and infinities are named, which JSON does not have."""
+    """Read a kept file strictly."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as fault:
         raise DeviceError(f"{what} is damaged or cannot be read: {fault}. {_AGAIN}") from None
-    for place, value in _numbers(document):
-        if not math.isfinite(value):
-            raise DeviceError(f"{what} has an impossible figure: {place} is {value}. {_AGAIN}")
     if not isinstance(document, dict) or document.get("schema") != _SCHEMA:
         raise DeviceError(f"{what} is not of schema {_SCHEMA}. {_AGAIN}")
     try:
         return from_json(DeviceProfile, document.get("profile"), what=what, error=DeviceError)
     except DeviceError as fault:
         raise DeviceError(f"{fault}. {_AGAIN}") from None
-
-
-def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
-        yield place.removeprefix(".profile").lstrip("."), value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _numbers(inner, f"{place}.{key}")
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _numbers(inner, f"{place}.{index}")
 
 
 def _files(name: str) -> Iterator[Path]:
