@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from autoprec.catalog import device_names, find_device, find_entry
 from autoprec.errors import DeviceError
 from autoprec.formats import Format
 from autoprec.kept import BOOST, keep_profile, kept_names, profile_folder
-from autoprec.probe.known import certainly_absent, named_profile
+from autoprec.probe import host
+from autoprec.probe.known import KINDS, certainly_absent, named_profile
 from autoprec.recommender.features import rate_tflops
 from autoprec.recommender.recommender import recommend
 from autoprec.records import DeviceProfile, Estimate, GemmRate, Origin
@@ -148,3 +150,13 @@ def test_what_is_known_by_name() -> None:
     assert named_profile("auto") is None and named_profile("CUDA:1") is None and named_profile("cpu") is None
     known = named_profile("cpu-avx2")
     assert known is not None and certainly_absent(known)  # a class of CPUs is no CPU
+
+
+@pytest.mark.parametrize(
+    ("platform", "possible"),
+    [("darwin", {"cpu", "mps"}), ("win32", {"cpu", "cuda", "xpu"}), ("linux", {"cpu"})],
+)
+def test_where_a_kind_of_device_could_be(platform: str, possible: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(host, "_NODES", {"cuda": ("no-such-node",), "xpu": ("no-such-node",)})
+    assert {kind for kind in KINDS if host.may_have(kind)} == possible

@@ -71,8 +71,8 @@ def cpu_memory_bytes() -> int | None:
 
 def may_have(kind: str) -> bool:
     """Say whether a device of a torch kind could be here; False is certain, and takes neither torch nor a driver."""
-    if kind == "mps":
-        return sys.platform == "darwin"
+    if kind == "mps" or sys.platform == "darwin":
+        return kind == "cpu" or (kind == "mps" and sys.platform == "darwin")
     if kind not in _NODES or not sys.platform.startswith("linux"):
         return True
     return any((Path("/dev") / node).exists() for node in _NODES[kind])
