@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autoprec.plan import Plan
     from autoprec.probe.device import probe_device
     from autoprec.probe.sensitivity import probe_sensitivity
+    from autoprec.probe.speed import probe_speed
     from autoprec.probe.units import probe_units
     from autoprec.probe.workload import Workload
     from autoprec.recommender.recommender import Recommendation, recommend
@@ -41,6 +42,7 @@ _HOMES = {
     "measure": "autoprec.measurement",
     "probe_device": "autoprec.probe.device",
     "probe_sensitivity": "autoprec.probe.sensitivity",
+    "probe_speed": "autoprec.probe.speed",
     "probe_units": "autoprec.probe.units",
     "recommend": "autoprec.recommender.recommender",
     "search": "autoprec.study.run",
@@ -61,6 +63,7 @@ __all__ = [
     "measure",
     "probe_device",
     "probe_sensitivity",
+    "probe_speed",
     "probe_units",
     "recommend",
     "search",

@@ -19,6 +19,7 @@ from autoprec.records.searched import (
     VerdictDecision,
 )
 from autoprec.records.sensitivity import Method, SensitivityProfile, UnitDrop, UnitNumerics
+from autoprec.records.speed import SpeedProfile, UnitTime
 from autoprec.records.verified import Check, CheckOutcome, Verification
 
 __all__ = [
@@ -55,12 +56,14 @@ __all__ = [
     "Role",
     "SearchResult",
     "SensitivityProfile",
+    "SpeedProfile",
     "Step",
     "Support",
     "Task",
     "Unit",
     "UnitDrop",
     "UnitNumerics",
+    "UnitTime",
     "Verdict",
     "VerdictDecision",
     "Verification",

@@ -1,0 +1,44 @@
+"""Why a low format does not pay at a unit: its sizes do not fit the hardware, or its products are too small."""
+
+from __future__ import annotations
+
+import torch
+
+from autoprec.formats import Format
+from autoprec.probe.pacing import SAME
+from autoprec.records import Estimate, Leaf, LeafKind, ModelProfile, Unit
+
+__all__ = ["misfit", "why_not"]
+
+#: elements that rows of operands must be a multiple of for tensor cores: 16 bytes (NVIDIA, Matrix Multiplication
+#: Background, section 3); FP8 kernels refuse others
+_MULTIPLE = {Format.BF16: 8, Format.FP16: 8, Format.FP8: 16}
+_PRODUCTS = (LeafKind.LINEAR, LeafKind.CONV1D)
+
+
+def why_not(profile: ModelProfile, unit: Unit, choice: Format, ratio: Estimate, device: torch.device) -> str | None:
+    """Say why a format that was timed at a unit does not pay there; None where it does.
+
+    Args:
+        ratio: its time over FP32's.
+    """
+    if ratio.value < 1 / SAME and ratio.high < 1:
+        return None
+    seen = f"{choice} takes {ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f}) times FP32's time here"
+    leaves = [leaf for leaf in profile.leaves if leaf.module in unit.modules]
+    if device.type == "cuda" and (why := misfit(leaves, choice)):
+        return f"{seen}: {why}"
+    if not any(leaf.kind in _PRODUCTS for leaf in leaves):
+        return f"{seen}: it multiplies nothing, so only bytes could be saved"
+    return f"{seen}: its products are too small or the device has no unit for them"
+
+
+def misfit(leaves: list[Leaf], choice: Format) -> str | None:
+    """Return which feature count of linear layers is no multiple of what tensor cores take, and what to pad it to."""
+    multiple = _MULTIPLE.get(choice, 1)
+    for leaf in leaves:
+        for what, size in (("inputs", leaf.inputs), ("outputs", leaf.outputs)):
+            if leaf.kind in _PRODUCTS and size % multiple:
+                padded = -(-size // multiple) * multiple
+                return f"{leaf.module} has {size} {what}, no multiple of {multiple}; pad to {padded}"
+    return None

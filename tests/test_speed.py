@@ -1,0 +1,225 @@
+"""Times of units and steps: what is timed, what is predicted from it, and the clocks, CUDA's on stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import bert_classifier, gpt2
+
+from autoprec import Plan, Workload, probe_speed, probe_units
+from autoprec.errors import ModelError
+from autoprec.files import as_json, from_json
+from autoprec.formats import Format
+from autoprec.probe.calls import record_calls
+from autoprec.probe.payoff import misfit, why_not
+from autoprec.probe.sites import find_sites
+from autoprec.probe.timers import _Graph
+from autoprec.records import Estimate, Leaf, LeafKind, Mode, Origin, SpeedProfile, UnitTime
+from autoprec.runtime.identity import canonical_modules
+
+
+def gpt2_workload(mode: str) -> Workload:
+    torch.manual_seed(0)
+    ids = torch.randint(3, 30, (2, 8))
+    return Workload(gpt2(), [{"input_ids": ids, "labels": ids}], mode=mode)
+
+
+def exact(value: float) -> Estimate:
+    return Estimate(value, value, value, Origin.MEASURED)
+
+
+def row(unit: str, choice: Format, ratio: float, wide: float = 10.0, spread: float = 0.0) -> UnitTime:
+    own = Estimate(ratio, ratio - spread, ratio + spread, Origin.MEASURED)
+    return UnitTime(unit=unit, format=choice, shape=unit[0], forward_ms=ratio * wide, backward_ms=None, ratio=own)
+
+
+def profile(*times: UnitTime, correction: float = 1.0) -> SpeedProfile:
+    return SpeedProfile(
+        model_id="m",
+        fingerprint="f",
+        device="d",
+        mode=Mode.INFER,
+        ambient=Format.BF16,
+        tokens=16,
+        formats=(Format.BF16,),
+        reference_ms=exact(100.0),
+        around=exact(1.1),
+        corrections={Format.BF16: exact(correction)},
+        times=times,
+        seconds=1.0,
+    )
+
+
+def test_a_step_is_the_reference_and_what_units_add_or_save() -> None:
+    units = [row(f"{u}", f, r) for u in ("a1", "a2", "b1") for f, r in ((Format.FP32, 1.0), (Format.BF16, 0.4))]
+    known = profile(*units, correction=0.5)
+    assert known.step_ms({"a1": Format.FP32, "b1": Format.FP32}).value == pytest.approx(110.0)
+    assert known.step_ms({"a1": Format.BF16, "b1": Format.BF16}).value == pytest.approx(110.0 - 2 * 0.5 * 6.0)
+    assert known["a1", "bf16"].value == pytest.approx(10.0 - 3.0)
+    assert known.step_ms({"elsewhere": Format.BF16}).value == pytest.approx(110.0)
+
+
+def test_errors_of_one_shape_go_together_and_others_do_not() -> None:
+    """Two units of one shape are off by twice as much, two shapes by √2."""
+    spread = [row(u, f, r, spread=s) for u in ("a1", "a2", "b1") for f, r, s in _CHOICES]
+    known = profile(*spread)
+
+    def width(*units: str) -> float:
+        found = known.step_ms(dict.fromkeys(units, Format.BF16))
+        return found.high - found.low
+
+    assert width("a1", "a2") == pytest.approx(2 * width("a1"))
+    assert width("a1", "b1") == pytest.approx(2**0.5 * width("a1"))
+
+
+_CHOICES = ((Format.FP32, 1.0, 0.0), (Format.BF16, 0.4, 0.1))
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_every_unit_that_ran_has_its_times(mode: str) -> None:
+    workload = gpt2_workload(mode)
+    before = {name: value.clone() for name, value in workload.model.state_dict().items()}
+    known = probe_speed(workload, ("bf16", "fp8"), seconds=1.0)
+    names = {unit.name for unit in probe_units(workload.model).units}
+    assert {r.unit for r in known.times} == names
+    assert {r.format for r in known.times} == {Format.FP32, Format.BF16}
+    assert any("fp8 is not timed" in note for note in known.notes) or torch.cuda.is_available()
+    blocks = {r.shape for r in known.times if r.unit.startswith("blocks.") and r.unit.endswith("ffn")}
+    assert len(blocks) == 1  # repeated blocks are timed once
+    for r in known.times:
+        assert r.forward_ms > 0 and (r.backward_ms is None) == (mode == "infer")
+        assert r.ratio.low <= r.ratio.value <= r.ratio.high
+    assert all(torch.equal(before[name], value) for name, value in workload.model.state_dict().items())
+    assert all(p.grad is None for p in workload.model.parameters())
+    assert from_json(SpeedProfile, as_json(known), what="speed profile") == known
+    wide = Plan.uniform(workload.model, "bf16").assignment
+    assert known.step_ms(wide).origin is Origin.PREDICTED
+
+
+def test_calls_are_made_again_as_they_were() -> None:
+    """Masks ask for no gradient in a step, and attention kernels look at that."""
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(3, 30, (2, 8)), "attention_mask": torch.ones(2, 8).long()}
+    workload = Workload(bert_classifier(labels=2), [batch], mode="train")
+    modules = canonical_modules(workload.model)
+    sites = find_sites(probe_units(workload.model), modules, [Format.BF16], Format.BF16, emulated=False)
+    calls = record_calls(workload, batch, sites, modules, gradients=True)
+    attention = next(call for call in calls if call.site.unit == "blocks.0.attention")
+    tensors = [v for v in (*attention.args, *attention.kwargs.values()) if isinstance(v, torch.Tensor)]
+    assert tensors[0].requires_grad and not any(t.requires_grad for t in tensors[1:])
+    assert attention.count == 1
+    gradients = attention.both()
+    assert gradients[0].shape == tensors[0].shape
+
+
+def test_a_batch_that_the_model_does_not_take_is_an_error() -> None:
+    workload = gpt2_workload("infer")
+    broken = Workload(workload.model, [{"input_ids": torch.full((1, 4), 10_000)}], mode="infer")
+    with pytest.raises(ModelError, match="does not take a batch"):
+        probe_speed(broken, seconds=1.0)
+
+
+# reasons
+
+
+def test_sizes_that_tensor_cores_do_not_take_are_named_with_the_padded_one() -> None:
+    head = Leaf("lm_head", LeafKind.LINEAR, 768, 50257, 768 * 50257)
+    assert misfit([head], Format.BF16) == "lm_head has 50257 outputs, no multiple of 8; pad to 50264"
+    assert misfit([head], Format.FP8) == "lm_head has 50257 outputs, no multiple of 16; pad to 50272"
+    assert misfit([Leaf("fc", LeafKind.LINEAR, 768, 3072, 768 * 3072)], Format.FP8) is None
+
+
+def test_a_format_that_pays_needs_no_reason() -> None:
+    model = gpt2()
+    known = probe_units(model)
+    ffn = known.unit("blocks.0.ffn")
+    assert why_not(known, ffn, Format.BF16, Estimate(0.5, 0.4, 0.6, Origin.MEASURED), torch.device("cpu")) is None
+    slow = why_not(known, ffn, Format.BF16, Estimate(1.2, 1.1, 1.3, Origin.MEASURED), torch.device("cpu"))
+    assert slow is not None and "1.20 (1.10-1.30) times FP32's time" in slow
+
+
+# CUDA's clock, on stand-ins: not run on a card
+
+
+class Cuda:
+    """What a timer asks of torch.cuda, counting: a replay takes 20 µs, a launched run 50 µs."""
+
+    def __init__(self, *, captures: bool) -> None:
+        self.captures, self.now_ms, self.capturing = captures, 0.0, False
+
+    def Stream(self) -> Any:
+        return self
+
+    current_stream = Stream
+
+    def wait_stream(self, other: Any) -> None:
+        """Nothing to wait for."""
+
+    def stream(self, stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def CUDAGraph(self) -> Any:
+        cuda = self
+
+        class Graph:
+            def replay(self) -> None:
+                cuda.now_ms += 0.02
+
+        return Graph()
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def Event(self, enable_timing: bool) -> Any:
+        cuda = self
+
+        class Event:
+            at = 0.0
+
+            def record(self) -> None:
+                self.at = cuda.now_ms
+
+            def synchronize(self) -> None:
+                """Done already."""
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(end.at - self.at)
+
+        return Event()
+
+    def run(self) -> None:
+        if self.capturing and not self.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.now_ms += 0.05
+
+
+@pytest.mark.parametrize(("captures", "seconds"), [(True, 20e-6), (False, 50e-6)])
+def test_graphs_are_replayed_between_events(captures: bool, seconds: float) -> None:
+    cuda, notes, entered = Cuda(captures=captures), list[str](), []
+
+    def around() -> Any:
+        entered.append(1)
+        return contextlib.nullcontext()
+
+    work = _Graph(cuda.run, around, cuda, notes)
+    assert work.seconds() == pytest.approx(seconds)
+    assert bool(notes) is not captures
+    assert len(entered) == (1 if captures else 2)  # a graph holds its formats; what is launched again needs them again
+
+
+def test_a_frozen_embedding_is_timed_forward_only() -> None:
+    """It is given ids, and has nothing to derive."""
+    workload = gpt2_workload("train")
+    for name, parameter in workload.model.named_parameters():
+        parameter.requires_grad_(".wte." not in name and ".wpe." not in name)
+    known = probe_speed(workload, ("bf16",), seconds=1.0)
+    assert any(r.unit == "embeddings" for r in known.times)
