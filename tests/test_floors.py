@@ -30,6 +30,7 @@ FLOORS = {
     "records": 2,
     "plan": 3,
     "catalog": 3,
+    "facts": 3,
     "demo": 3,
     "runtime": 4,
     "predict": 4,

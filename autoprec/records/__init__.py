@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoprec.records.audited import AuditReport, AuditRow, BehindUse, CastRow, Direction, KernelRow, OpKind
 from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Support
+from autoprec.records.facts import Architecture, ModelFacts
 from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
 from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
@@ -22,6 +23,7 @@ from autoprec.records.verified import Check, CheckOutcome, Verification
 
 __all__ = [
     "STRICT",
+    "Architecture",
     "AuditReport",
     "AuditRow",
     "BehindUse",
@@ -43,6 +45,7 @@ __all__ = [
     "MeasurementOrigins",
     "Method",
     "Mode",
+    "ModelFacts",
     "ModelProfile",
     "OpKind",
     "Origin",
