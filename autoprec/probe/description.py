@@ -1,0 +1,57 @@
+"""A model as predictions see it: its units with their widths, and the facts of its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoprec.errors import ModelError
+from autoprec.facts import facts_of
+from autoprec.predict.skeleton import skeleton_profile
+from autoprec.probe.checkpoint import read_config
+from autoprec.probe.hub import model_folder
+from autoprec.probe.userfile import is_function
+from autoprec.records import ModelFacts, ModelProfile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["describe"]
+
+
+def describe(model: nn.Module | str) -> tuple[ModelProfile, ModelFacts | None]:
+    """Return a model's profile and its facts, None where it has no configuration.
+
+    Of a name only the configuration is read, without torch or transformers, and the units are those that its facts
+    imply; a module's are its own.
+
+    Raises:
+        ModelError: the model cannot be found, or has no layer whose format could be chosen.
+    """
+    if isinstance(model, str) and not is_function(model):
+        folder, name = model_folder(model, weights=False)
+        config = read_config(folder)
+        facts = facts_of(config, name)
+        return skeleton_profile(facts, _class_name(config)), facts
+    from autoprec.probe.loading import load_skeleton
+    from autoprec.probe.units import probe_units
+
+    module = load_skeleton(model) if isinstance(model, str) else model
+    return probe_units(module), module_facts(module)
+
+
+def module_facts(module: Any) -> ModelFacts | None:
+    """Return the facts of a module's configuration; None where it has none that says them."""
+    config = getattr(module, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, Mapping):
+        return None
+    try:
+        return facts_of({"architectures": [type(module).__name__], **values})
+    except ModelError:
+        return None
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures") or ()
+    return str(named[0]) if named else ""
