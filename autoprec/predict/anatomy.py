@@ -16,7 +16,7 @@ from functools import cached_property
 
 from autoprec.formats import Format
 from autoprec.plan import Plan
-from autoprec.predict.setup import Attention, Loss, Setup, StatePolicy, TrainMethod
+from autoprec.predict.setup import Adapters, Attention, Loss, Setup, StatePolicy, TrainMethod
 from autoprec.records import Architecture, Leaf, LeafKind, ModelFacts, ModelProfile, Role, Unit
 
 __all__ = ["Anatomy", "Op"]
@@ -30,7 +30,9 @@ _WRITTEN_OUT = ("GPT2", "GPTNeoFor", "GPTJ", "CodeGen", "PhiFor", "PhiModel", "G
 #: classes that add a learned bias to the scores: PyTorch computes such attention in plain operations, in FP32
 _BIASED = ("T5", "MT5", "UMT5", "LongT5", "SwitchTransformers")
 _HEAD_WIDTH = 64  #: features a head where no facts say: that of GPT-2, BERT and small Llamas
-_NF4 = 0.5 + 4 / 64  #: NF4 with one FP32 scale a block of 64 (QLoRA, arXiv:2305.14314)
+#: bytes a weight in NF4: an FP32 scale a block of 64, or one in 8 bits with an FP32 scale for 256 of them (QLoRA,
+#: arXiv:2305.14314, section 3)
+_NF4 = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +148,7 @@ class Anatomy:
     def weight_bytes(self, leaf: Leaf | None, parameters: int, role: Role | None) -> float:
         """Return the bytes that some parameters take as they are stored."""
         if self.setup.method is TrainMethod.QLORA and self._packed(leaf, role):
-            return _NF4 * parameters
+            return _NF4[self.setup.double_quant] * parameters
         return self._stored_width() * parameters
 
     def trained(self, unit: Unit | None, parameters: int) -> int:
@@ -155,11 +157,22 @@ class Anatomy:
             return 0
         if self.full:
             return parameters
-        return 0 if unit is None else sum(self.adapter(leaf) for leaf in self._linears(unit) if self._adapted(unit))
+        return 0 if unit is None else sum(self.adapter(unit, leaf) for leaf in self._linears(unit))
 
-    def adapter(self, leaf: Leaf) -> int:
-        """Return the parameters of an adapter beside a leaf."""
-        return self.setup.adapter_rank * (leaf.inputs + leaf.outputs)
+    def adapter(self, unit: Unit, leaf: Leaf) -> int:
+        """Return the parameters of the adapters beside a leaf; 0 where it has none."""
+        if not self.setup.trains or self.full or unit.role not in (Role.ATTENTION, Role.FFN):
+            return 0
+        rank = self.setup.adapter_rank
+        if self.setup.adapters is Adapters.ALL:
+            return rank * (leaf.inputs + leaf.outputs)
+        leaves = self._linears(unit)
+        if unit.role is not Role.ATTENTION or leaf is leaves[-1]:
+            return 0
+        if len(leaves) == 2:  # a joint projection has an adapter for each of the two
+            key = (leaf.outputs - leaves[-1].inputs) // 2
+            return rank * (2 * leaf.inputs + leaf.outputs - key)
+        return rank * (leaf.inputs + leaf.outputs) if leaf in (leaves[0], leaves[2]) else 0
 
     def own_parameters(self, unit: Unit) -> int:
         """Return the parameters of a unit, a shared storage counted where it comes first."""
@@ -230,7 +243,7 @@ class Anatomy:
             scores=scores,
             result=tokens * (2 * q_width + 2 * kv_width) * compute + lse,
             cache=cache,
-            forward=eager if self.setup.trains else eager + kept,
+            forward=eager if self.setup.trains else eager + kept + self._frames(place),
             backward=flow + eager + self.stream_bytes,
         )
 
@@ -244,21 +257,22 @@ class Anatomy:
         self, unit: Unit, leaf: Leaf, place: _Place, *, shared: bool, residual: bool = False, tokens: int | None = None
     ) -> Op:
         tokens = place.tokens if tokens is None else tokens
-        matrix, adapted = leaf.inputs * leaf.outputs, self._adapted(unit)
+        matrix, adapter = leaf.inputs * leaf.outputs, self.adapter(unit, leaf)
         compute = place.compute
         input_bytes, output_bytes = float(tokens * leaf.inputs * compute), float(tokens * leaf.outputs * compute)
         narrow = place.stored != compute or (self._packed(leaf, unit.role) and self.setup.method is TrainMethod.QLORA)
         cast = float(matrix * compute) if narrow else 0.0
         kept = input_bytes if self._trains_weight(unit) and not shared else 0.0
         gradient = temporary = 0.0
-        if adapted:  # the adapter keeps its input and what lies between its two matrices
+        if adapter:  # it keeps its input, with dropout's mask, and what lies between its two matrices
             kept = input_bytes + tokens * self.setup.adapter_rank * compute
-            gradient = float(self.adapter(leaf) * self.gradient_width)
+            kept += tokens * leaf.inputs if self.setup.dropout else 0.0
+            gradient = float(adapter * self.gradient_width)
         elif self._trains_weight(unit):
             gradient = float(self._own(leaf) * self.gradient_width)
             temporary = matrix * compute if narrow else 0.0
-        packed = self.setup.method is TrainMethod.QLORA  # dequantised again in the backward, not kept
-        masks = tokens * leaf.outputs if residual and self.setup.dropout else 0.0
+        packed = narrow and self.setup.method is TrainMethod.QLORA  # dequantised again in the backward, not kept
+        masks = tokens * leaf.outputs if residual and self.setup.dropout and self.full else 0.0
         return Op(
             unit=place.unit,
             block=place.block,
@@ -266,7 +280,10 @@ class Anatomy:
             casts=0.0 if packed else cast,
             result=output_bytes,
             gradient=gradient,
-            forward=output_bytes + (cast if packed or not self.setup.trains else 0.0) + (0.0 if kept else input_bytes),
+            forward=output_bytes
+            + (cast if packed or not self.setup.trains else 0.0)
+            + (0.0 if kept else input_bytes)
+            + (0.0 if self.setup.trains else self._frames(place)),
             backward=input_bytes + output_bytes + temporary + (cast if packed else 0.0) + self.stream_bytes,
         )
 
@@ -294,7 +311,7 @@ class Anatomy:
             unit=place.unit,
             block=place.block,
             activations=kept,
-            forward=one if self.setup.trains else 2 * one,
+            forward=one if self.setup.trains else (4 if written else 3 if product else 2) * one + self._frames(place),
             backward=(3 if product or written else 2) * one + self.stream_bytes,
         )
 
@@ -328,7 +345,7 @@ class Anatomy:
             kept = elements * (_FP32 + (self.stream if self.full else 0)) + place.tokens * _FP32
         else:
             kept = elements * self.stream + 2 * place.tokens * _FP32
-        masks = elements if self.setup.dropout and place.block is None else 0.0
+        masks = elements if self.setup.dropout and self.full and place.block is None else 0.0
         wide = elements * _FP32
         return Op(
             unit=place.unit,
@@ -426,11 +443,15 @@ class Anatomy:
         """4-bit loaders pack the linear layers of blocks, and leave embeddings, head and norms."""
         return leaf is not None and leaf.kind in _LINEAR and role in (Role.ATTENTION, Role.FFN)
 
-    def _adapted(self, unit: Unit) -> bool:
-        return self.setup.trains and not self.full and unit.role in (Role.ATTENTION, Role.FFN)
+    def _frames(self, place: _Place) -> float:
+        """Return what Python's frames hold in a forward without gradients: embeddings, a norm's and attention's results.
+
+        With gradients they are kept for the backward anyway.
+        """
+        return 3 * self.stream_bytes if place.block is not None else 0.0
 
     def _trains_weight(self, unit: Unit) -> bool:
-        return self.setup.trains and (self.full or self._adapted(unit))
+        return self.setup.trains and self.full
 
     def _own(self, leaf: Leaf) -> int:
         """Return a leaf's parameters, or 0 where a leaf that runs its backward earlier has the storage's gradient."""

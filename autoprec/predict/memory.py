@@ -11,6 +11,7 @@ from autoprec.plan import Plan
 from autoprec.predict.anatomy import Anatomy, Op
 from autoprec.predict.describing import describe
 from autoprec.predict.setup import (
+    Adapters,
     Attention,
     Checkpointing,
     Loss,
@@ -65,7 +66,7 @@ def memory_bytes(
         facts: the model's configuration; without it heads are taken to be 64 wide.
         choices: `method` (full, lora, qlora), `policy` (fp32, mixed, mixed-master, bf16; by default what the plan
             stores), `checkpointing` (none, selective, full), `attention` (sdpa, flash, eager), `loss` (plain, fused),
-            `sharding` (none, zero1, zero2, zero3, fsdp) over `devices`, `accumulation`, `dropout`, `adapter_rank`,
+            `sharding` (none, zero1, zero2, zero3, fsdp) over `devices`, `accumulation`, `dropout`, `adapter_rank`, `adapters` (all-linear, query-value), `double_quant`,
             `cache` (format of the KV cache in infer mode, or None), `device_kind` (whose context is counted).
 
     Returns:
@@ -101,6 +102,8 @@ def setup_of(
     accumulation: int = 1,
     dropout: bool = False,
     adapter_rank: int = 16,
+    adapters: Adapters | str = "all-linear",
+    double_quant: bool = False,
     cache: Format | str | None = "auto",
     device_kind: str = "cuda",
 ) -> Setup:
@@ -130,6 +133,8 @@ def setup_of(
         accumulation=accumulation,
         dropout=dropout,
         adapter_rank=adapter_rank,
+        adapters=choice_of(Adapters, adapters, "choice of adapters"),
+        double_quant=double_quant,
         cache=held,
         device_kind=device_kind,
     )

@@ -12,6 +12,7 @@ from autoprec.plan import Plan
 from autoprec.records import Mode
 
 __all__ = [
+    "Adapters",
     "Attention",
     "Checkpointing",
     "Loss",
@@ -82,6 +83,13 @@ class Loss(StrEnum):
     FUSED = "fused"  #: in chunks, with the head's matmul; no logits are kept
 
 
+class Adapters(StrEnum):
+    """Which layers have adapters."""
+
+    ALL = "all-linear"  #: every linear layer of attention and FFN (QLoRA's advice)
+    QUERY_VALUE = "query-value"  #: queries and values alone (LoRA's paper)
+
+
 class Attention(StrEnum):
     """Which attention kernel runs."""
 
@@ -110,6 +118,9 @@ class Setup:
     accumulation: int = 1
     dropout: bool = False
     adapter_rank: int = 16
+    adapters: Adapters = Adapters.ALL
+    #: 4-bit weights have their scales quantised as well
+    double_quant: bool = False
     #: format of cached keys and values; None: no cache
     cache: Format | None = None
     device_kind: str = "cuda"
