@@ -18,7 +18,7 @@ __all__ = ["Published", "compare", "read_rows"]
 
 #: sizes from the models' public configurations
 _MODELS = {
-    "phi-1.5 1.3B": ("PhiForCausalLM", 2048, 24, 32, 8192, False, 51200),
+    "phi-1.5 1.3B": ("GPTNeoXForCausalLM", 2048, 24, 32, 8192, False, 51200),
     "StableLM Alpha 3B": ("GPTNeoXForCausalLM", 4096, 16, 32, 16384, False, 50688),
     "Llama 2 7B": ("LlamaForCausalLM", 4096, 32, 32, 11008, True, 32000),
 }
@@ -60,7 +60,7 @@ def _read(row: Mapping[str, str]) -> Published:
         "double_quant": row["dtype"].endswith("dq"),
     }
     if row["mode"] == "lora":  # trained parameters on the page are those of rank 8 on queries and values
-        options |= {"adapter_rank": 8, "adapters": "query-value", "loss": "fused", "dropout": True}
+        options |= {"adapter_rank": 8, "adapters": "query-value", "loss": "narrow", "dropout": True}
         options |= {"optimizer": "adamw-foreach", "accumulation": 128 // options["batch_size"]}
     return Published(row, options, "")
 
@@ -100,7 +100,7 @@ def compare(published: Published) -> dict[str, Any]:
         max_positions=None,
         tied=False,
     )
-    profile = skeleton_profile(facts, class_name)
+    profile = skeleton_profile(facts, class_name, joint=True)
     plan = Plan.cast(profile, "bf16", mode=options["mode"])
     predicted = predict_memory(profile, plan, setup_of(plan, **options), facts)
     peak = float(row["peak_gb"]) * 1e9

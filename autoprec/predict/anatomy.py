@@ -260,24 +260,29 @@ class Anatomy:
         matrix, adapter = leaf.inputs * leaf.outputs, self.adapter(unit, leaf)
         compute = place.compute
         input_bytes, output_bytes = float(tokens * leaf.inputs * compute), float(tokens * leaf.outputs * compute)
-        narrow = place.stored != compute or (self._packed(leaf, unit.role) and self.setup.method is TrainMethod.QLORA)
+        packed = self.setup.method is TrainMethod.QLORA and self._packed(leaf, unit.role)
+        narrow = packed or place.stored != compute
         cast = float(matrix * compute) if narrow else 0.0
         kept = input_bytes if self._trains_weight(unit) and not shared else 0.0
         gradient = temporary = 0.0
-        if adapter:  # it keeps its input, with dropout's mask, and what lies between its two matrices
-            kept = input_bytes + tokens * self.setup.adapter_rank * compute
-            kept += tokens * leaf.inputs if self.setup.dropout else 0.0
+        if packed and self.setup.trains and not shared:
+            kept = input_bytes  # bitsandbytes' MatMul4Bit keeps its input though its weight is frozen
+        if adapter:  # it keeps its input, dropped out beside the layer's own, and what lies between its two matrices
+            if self.setup.dropout:
+                kept += input_bytes + tokens * leaf.inputs
+            elif not packed and not shared:
+                kept = input_bytes
+            kept += tokens * self.setup.adapter_rank * compute
             gradient = float(adapter * self.gradient_width)
         elif self._trains_weight(unit):
             gradient = float(self._own(leaf) * self.gradient_width)
             temporary = matrix * compute if narrow else 0.0
-        packed = narrow and self.setup.method is TrainMethod.QLORA  # dequantised again in the backward, not kept
         masks = tokens * leaf.outputs if residual and self.setup.dropout and self.full else 0.0
         return Op(
             unit=place.unit,
             block=place.block,
             activations=kept + masks,
-            casts=0.0 if packed else cast,
+            casts=0.0 if packed else cast,  # what is packed is unpacked again in the backward
             result=output_bytes,
             gradient=gradient,
             forward=output_bytes
@@ -407,6 +412,10 @@ class Anatomy:
             chunk = elements / max(1.0, leaf.outputs / leaf.inputs)
             part = chunk * (compute + 2 * _FP32)
             yield replace(head, result=0.0, forward=head.forward - low + part, forward_logits=part, backward=part)
+            return
+        if self.setup.loss is Loss.NARROW:  # whoever called the model holds the logits
+            yield replace(head, backward_logits=low)
+            yield Op(unit=place.unit, block=None, logits=low, forward=low, forward_logits=low, backward=3 * low)
             return
         # transformers widens logits to FP32 before the loss (`loss_utils.py`); log-softmax keeps its result, and its
         # backward holds the gradient of each of the two

@@ -65,7 +65,7 @@ def memory_bytes(
         optimizer: `adamw`, `adamw-foreach`, `adamw-8bit`, `adamw-bf16-sr`, `sgd`, `sgd-momentum`, or None.
         facts: the model's configuration; without it heads are taken to be 64 wide.
         choices: `method` (full, lora, qlora), `policy` (fp32, mixed, mixed-master, bf16; by default what the plan
-            stores), `checkpointing` (none, selective, full), `attention` (sdpa, flash, eager), `loss` (plain, fused),
+            stores), `checkpointing` (none, selective, full), `attention` (sdpa, flash, eager), `loss` (plain, narrow, fused),
             `sharding` (none, zero1, zero2, zero3, fsdp) over `devices`, `accumulation`, `dropout`, `adapter_rank`, `adapters` (all-linear, query-value), `double_quant`,
             `cache` (format of the KV cache in infer mode, or None), `device_kind` (whose context is counted).
 

@@ -79,7 +79,8 @@ class Sharding(StrEnum):
 class Loss(StrEnum):
     """How the cross-entropy is computed."""
 
-    PLAIN = "plain"  #: all logits, widened to FP32
+    PLAIN = "plain"  #: all logits, widened to FP32, as transformers does
+    NARROW = "narrow"  #: all logits, in the format they come in
     FUSED = "fused"  #: in chunks, with the head's matmul; no logits are kept
 
 

@@ -23,14 +23,19 @@ from autoprec.records import (
 __all__ = ["skeleton_profile"]
 
 
-def skeleton_profile(facts: ModelFacts, class_name: str = "") -> ModelProfile:
+#: classes of transformers that project queries, keys and values with one matrix
+_JOINT = ("Bloom", "CodeGen", "Falcon", "GPT2", "GPTBigCode", "GPTNeoX", "Mpt", "Phi3")
+
+
+def skeleton_profile(facts: ModelFacts, class_name: str = "", *, joint: bool | None = None) -> ModelProfile:
     """Return the profile that facts imply: embeddings, each block's attention and FFN, and the head.
 
-    Biases are those of the architecture: none in a gated decoder, everywhere else.
+    Biases are those of the architecture: none in a gated decoder, everywhere else. `joint` says whether queries, keys
+    and values are one projection; by default it is known by the class.
     """
     units: list[Unit] = []
     leaves: list[Leaf] = []
-    for name, role, own in _parts(facts):
+    for name, role, own in _parts(facts, class_name.startswith(_JOINT) if joint is None else joint):
         units.append(Unit(name, role, tuple(leaf.module for leaf in own), role_formats(role)))
         leaves += own
     tied = (("embed_tokens", "lm_head"),) if facts.tied and _has_head(facts) else ()
@@ -48,14 +53,14 @@ def skeleton_profile(facts: ModelFacts, class_name: str = "") -> ModelProfile:
     )
 
 
-def _parts(facts: ModelFacts) -> Iterator[tuple[str, Role, list[Leaf]]]:
+def _parts(facts: ModelFacts, joint: bool) -> Iterator[tuple[str, Role, list[Leaf]]]:
     if facts.architecture is not Architecture.VISION:
         yield "embeddings", Role.EMBEDDING, list(_embeddings(facts))
     if facts.architecture is Architecture.ENCODER_DECODER:
-        yield from _stack(facts, "encoder.", facts.layers, cross=False)
-        yield from _stack(facts, "decoder.", facts.decoder_layers, cross=True)
+        yield from _stack(facts, "encoder.", facts.layers, joint, cross=False)
+        yield from _stack(facts, "decoder.", facts.decoder_layers, joint, cross=True)
     else:
-        yield from _stack(facts, "", facts.layers, cross=False)
+        yield from _stack(facts, "", facts.layers, joint, cross=False)
     if _has_head(facts):
         yield "lm_head", Role.LM_HEAD, [_linear("lm_head", facts.hidden, facts.vocab, bias=False)]
 
@@ -68,19 +73,21 @@ def _embeddings(facts: ModelFacts) -> Iterator[Leaf]:
         yield Leaf("embed_positions", LeafKind.EMBEDDING, facts.max_positions, facts.hidden, count)
 
 
-def _stack(facts: ModelFacts, prefix: str, layers: int, *, cross: bool) -> Iterator[tuple[str, Role, list[Leaf]]]:
+def _stack(
+    facts: ModelFacts, prefix: str, layers: int, joint: bool, *, cross: bool
+) -> Iterator[tuple[str, Role, list[Leaf]]]:
     for index in range(layers):
         name = f"{prefix}blocks.{index}"
-        yield f"{name}.attention", Role.ATTENTION, list(_attention(facts, f"{name}.attention"))
+        yield f"{name}.attention", Role.ATTENTION, list(_attention(facts, f"{name}.attention", joint))
         if cross:
-            yield f"{name}.cross_attention", Role.ATTENTION, list(_attention(facts, f"{name}.cross_attention"))
+            yield f"{name}.cross_attention", Role.ATTENTION, list(_attention(facts, f"{name}.cross_attention", joint=False))
         yield f"{name}.ffn", Role.FFN, list(_ffn(facts, f"{name}.ffn"))
 
 
-def _attention(facts: ModelFacts, name: str) -> Iterator[Leaf]:
+def _attention(facts: ModelFacts, name: str, joint: bool) -> Iterator[Leaf]:
     width, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     bias = _biases(facts)
-    for letter, outputs in (("q", width), ("k", kv), ("v", kv)):
+    for letter, outputs in (("qkv", width + 2 * kv),) if joint else (("q", width), ("k", kv), ("v", kv)):
         yield _linear(f"{name}.{letter}", facts.hidden, outputs, bias=bias)
     yield _linear(f"{name}.o", width, facts.hidden, bias=bias)
 
