@@ -380,7 +380,7 @@ class Anatomy:
         )
 
     def _other(self, unit: Unit, place: _Place) -> Iterator[Op]:
-        """Yield layers outside blocks: of all tokens before a head over the vocabulary, else of one token a sequence."""
+        """Yield layers outside blocks: of all tokens before a head over a vocabulary, else of one token a sequence."""
         every = self._over_vocabulary()
         tokens = place.tokens if every else self.setup.batch_size
         for leaf in self._linears(unit):
@@ -453,7 +453,7 @@ class Anatomy:
         return leaf is not None and leaf.kind in _LINEAR and role in (Role.ATTENTION, Role.FFN)
 
     def _frames(self, place: _Place) -> float:
-        """Return what Python's frames hold in a forward without gradients: embeddings, a norm's and attention's results.
+        """Return what frames hold in a forward without gradients: embeddings, a norm's result and attention's.
 
         With gradients they are kept for the backward anyway.
         """

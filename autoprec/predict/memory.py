@@ -65,9 +65,10 @@ def memory_bytes(
         optimizer: `adamw`, `adamw-foreach`, `adamw-8bit`, `adamw-bf16-sr`, `sgd`, `sgd-momentum`, or None.
         facts: the model's configuration; without it heads are taken to be 64 wide.
         choices: `method` (full, lora, qlora), `policy` (fp32, mixed, mixed-master, bf16; by default what the plan
-            stores), `checkpointing` (none, selective, full), `attention` (sdpa, flash, eager), `loss` (plain, narrow, fused),
-            `sharding` (none, zero1, zero2, zero3, fsdp) over `devices`, `accumulation`, `dropout`, `adapter_rank`, `adapters` (all-linear, query-value), `double_quant`,
-            `cache` (format of the KV cache in infer mode, or None), `device_kind` (whose context is counted).
+            stores), `checkpointing` (none, selective, full), `attention` (sdpa, flash, eager), `loss` (plain, narrow,
+            fused), `sharding` (none, zero1, zero2, zero3, fsdp) over `devices`, `accumulation`, `dropout`,
+            `adapter_rank`, `adapters` (all-linear, query-value), `double_quant`, `cache` (format of the KV cache in
+            infer mode, or None), `device_kind` (whose context is counted).
 
     Returns:
         All figures in bytes, of origin predicted.
@@ -155,6 +156,8 @@ def predict_memory(profile: ModelProfile, plan: Plan, setup: Setup, facts: Model
         batch_size=setup.batch_size,
         seq_len=setup.seq_len,
         devices=setup.devices,
+        accumulation=setup.accumulation,
+        checkpointing=str(setup.checkpointing),
         parameters=profile.parameters,
         trained_parameters=_trained(anatomy),
         parts=found[worst],

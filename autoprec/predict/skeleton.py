@@ -80,7 +80,11 @@ def _stack(
         name = f"{prefix}blocks.{index}"
         yield f"{name}.attention", Role.ATTENTION, list(_attention(facts, f"{name}.attention", joint))
         if cross:
-            yield f"{name}.cross_attention", Role.ATTENTION, list(_attention(facts, f"{name}.cross_attention", joint=False))
+            yield (
+                f"{name}.cross_attention",
+                Role.ATTENTION,
+                list(_attention(facts, f"{name}.cross_attention", joint=False)),
+            )
         yield f"{name}.ffn", Role.FFN, list(_ffn(facts, f"{name}.ffn"))
 
 

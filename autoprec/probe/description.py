@@ -16,7 +16,7 @@ from autoprec.records import ModelFacts, ModelProfile
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["describe"]
+__all__ = ["describe", "module_facts"]
 
 
 def describe(model: nn.Module | str) -> tuple[ModelProfile, ModelFacts | None]:
@@ -43,7 +43,8 @@ def describe(model: nn.Module | str) -> tuple[ModelProfile, ModelFacts | None]:
 def module_facts(module: Any) -> ModelFacts | None:
     """Return the facts of a module's configuration; None where it has none that says them."""
     config = getattr(module, "config", None)
-    values = config.to_dict() if hasattr(config, "to_dict") else config
+    to_dict = getattr(config, "to_dict", None)
+    values = config if to_dict is None else to_dict()
     if not isinstance(values, Mapping):
         return None
     try:

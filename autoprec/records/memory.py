@@ -90,6 +90,10 @@ class MemoryBreakdown:
     batch_size: int
     seq_len: int
     devices: int
+    #: forward and backward passes an optimizer step
+    accumulation: int
+    #: which activations are computed again in the backward: none, selective or full
+    checkpointing: str
     parameters: int
     trained_parameters: int
     #: at the moment of the peak
@@ -140,13 +144,15 @@ class BatchFit:
 
     #: memory that may be used: the device's, less the reserve
     usable_bytes: int
-    #: 0 where not even one sequence fits
+    #: most sequences a device holds at once; 0 where not even one fits
+    largest_micro_batch: int
+    #: sequences a device holds at once, such that the effective batch comes out exactly; 0 where none fits
     micro_batch: int
     #: forward and backward passes before an optimizer step
     accumulation: int
-    #: sequences an optimizer step over all devices, with the accumulation; it may exceed what was asked by rounding up
+    #: sequences an optimizer step over all devices
     effective_batch: int
-    #: the peak at that micro-batch, or of one sequence where none fits
+    #: the peak at `micro_batch`, or of one sequence where none fits
     breakdown: MemoryBreakdown
     #: bytes by which one sequence exceeds what may be used; 0 where it fits
     over_bytes: int
