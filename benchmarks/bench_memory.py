@@ -8,8 +8,11 @@ The published peaks are read from $AUTOPREC_PUBLIC_DATA/memory.csv; without it t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +21,8 @@ import torch
 import transformers
 from accounting import kept_tensors, peak_bytes, storage_bytes
 from models import default_cache
+from published import compare, read_rows
+from record import write_result
 from torch import Tensor, nn
 
 import autoprec
@@ -48,6 +53,10 @@ class Case:
     optimizer: str = "adamw"
     choices: dict[str, Any] = field(default_factory=dict)
     mixed: bool = False
+    #: the model whose variant is run, and its attention
+    model: str = ""
+    attention: str = "sdpa"
+    cast: bool = False
 
 
 CASES = (
@@ -55,6 +64,18 @@ CASES = (
     Case("bf16 plan", "bf16"),
     Case("bf16 plan, checkpointing", "bf16", choices={"checkpointing": "full"}),
     Case("mixed plan, sgd with momentum", "bf16", "sgd-momentum", mixed=True),
+)
+
+
+#: what else the prediction distinguishes, each on one model
+FURTHER = (
+    Case("fp32, eager attention", "fp32", choices={"attention": "eager"}, model="llama-gqa", attention="eager"),
+    Case("bf16 plan, eager attention", "bf16", choices={"attention": "eager"}, model="llama-gqa", attention="eager"),
+    Case("bf16 plan, two accumulated", "bf16", choices={"accumulation": 2}, model="llama-gqa"),
+    Case("model cast to bf16", "bf16", model="llama-gqa", cast=True),
+    Case("fp32, foreach adamw", "fp32", "adamw-foreach", model="llama-gqa"),
+    Case("fp32, sgd", "fp32", "sgd", model="gpt2-like"),
+    Case("lora, base in bf16", "bf16", choices={"method": "lora"}, model="llama-gqa"),
 )
 
 
@@ -120,9 +141,12 @@ def plan_of(subject: Subject, case: Case) -> Plan:
 
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9, fused=True)
+    """Return the optimizer of a case over what is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if name.startswith("adamw"):
+        foreach = name.endswith("foreach")
+        return torch.optim.AdamW(trained, lr=1e-5, fused=not foreach, foreach=foreach or None)
+    return torch.optim.SGD(trained, lr=1e-5, momentum=0.9 if name.endswith("momentum") else 0.0, fused=True)
 
 
 def dropout_off(model: nn.Module) -> None:
@@ -136,43 +160,71 @@ def dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def prepared(subject: Subject, case: Case) -> tuple[Any, contextlib.AbstractContextManager[Any]]:
+    """Return the model of a case, a copy where it is changed for good, and the context it runs in."""
+    model: Any = subject.model
+    dropout_off(model)
+    if case.choices.get("method") == "lora":
+        model = adapted(model)
+        return model, torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    if case.cast:
+        return copy.deepcopy(model).to(torch.bfloat16), contextlib.nullcontext()
+    model.config._attn_implementation = case.attention
+    return model, autoprec.applied(model, plan_of(subject, case))
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """Return a copy stored in BF16 with FP32 adapters of rank 16 on every linear layer of its blocks."""
+    import peft
+
+    config = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(copy.deepcopy(model).to(torch.bfloat16), config)  # type: ignore[arg-type]
+
+
 def measure_training(subject: Subject, case: Case) -> dict[str, Any]:
     """Run real steps under a plan; return what was kept and the peak beside what was predicted."""
-    model, plan = subject.model, plan_of(subject, case)
-    dropout_off(model)
+    plan = Plan.cast(subject.model, case.format) if case.cast else plan_of(subject, case)
     predicted = memory_bytes(
-        model, plan, subject.batch_size, subject.seq_len, "train", case.optimizer, device_kind="cpu", **case.choices
+        subject.model,
+        plan,
+        subject.batch_size,
+        subject.seq_len,
+        "train",
+        case.optimizer,
+        device_kind="cpu",
+        **case.choices,
     )
+    model, context = prepared(subject, case)
     checkpointed = case.choices.get("checkpointing") == "full"
     if checkpointed:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.gradient_checkpointing_enable()
     optimizer = optimizer_of(model, case.optimizer)
-    with autoprec.applied(model, plan):
 
-        def step() -> None:
-            optimizer.zero_grad()
+    def step() -> None:
+        optimizer.zero_grad()
+        for _ in range(case.choices.get("accumulation", 1)):
             subject.loss(model, subject.batch).backward()
-            optimizer.step()
+        optimizer.step()
 
+    with context:
         step()
         optimizer.zero_grad()
         kept = kept_tensors(lambda: subject.loss(model, subject.batch), [*model.parameters(), *model.buffers()])
         states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-        fixed = storage_bytes([*model.parameters(), *model.buffers(), *states])
-        peak = fixed + peak_bytes(step)
-    if checkpointed:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        peak = storage_bytes([*model.parameters(), *model.buffers(), *states]) + peak_bytes(step)
     optimizer.zero_grad()
+    if checkpointed:
+        model.gradient_checkpointing_disable()
+    model.config._attn_implementation = "sdpa"
     return row(subject, case.name, predicted, peak, sum(k.size_bytes for k in kept), checkpointed)
 
 
 def measure_inference(subject: Subject, format: str) -> dict[str, Any]:
     """Run a forward; return its peak beside what was predicted."""
-    model = subject.model.eval()
+    model: Any = subject.model.eval()
     plan = Plan.uniform(model, format, mode="infer")
     inputs = {k: v for k, v in subject.batch.items() if k != "labels"}
-    cached = bool(getattr(model.config, "use_cache", False)) and "CausalLM" in type(model).__name__ + "CausalLM"
-    decoder = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    cached = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and model.config.use_cache
     predicted = memory_bytes(
         model,
         plan,
@@ -180,7 +232,7 @@ def measure_inference(subject: Subject, format: str) -> dict[str, Any]:
         subject.seq_len,
         "infer",
         device_kind="cpu",
-        cache="auto" if cached and decoder else None,
+        cache="auto" if cached else None,
     )
     with autoprec.applied(model, plan), torch.inference_mode():
         model(**inputs)
@@ -210,21 +262,60 @@ def row(subject: Subject, case: str, predicted: Any, peak: int, kept: int | None
 
 
 def summary(rows: list[dict[str, Any]], key: str = "error_percent") -> dict[str, float]:
+    if not rows:
+        return {"rows": 0}
     errors = [abs(r[key]) for r in rows if key in r]
     return {"rows": len(errors), "mean_percent": round(statistics.mean(errors), 2), "worst_percent": max(errors)}
 
 
+def public_part() -> dict[str, Any]:
+    """Compare with published peaks; rows without a prediction are listed with the reason."""
+    rows = read_rows()
+    if rows is None:
+        return {"skipped": "no $AUTOPREC_PUBLIC_DATA/memory.csv"}
+    compared = [compare(published) for published in rows if published.options is not None]
+    reasons = Counter(published.reason for published in rows if published.options is None)
+    left = [
+        {key: p.row[key] for key in ("gpu", "ngpu", "model", "mode", "dtype", "micro_batch", "source")}
+        | {"reason": p.reason}
+        for p in rows
+        if p.options is None
+    ]
+    groups = {
+        "all": compared,
+        "training in 16 bits": [r for r in compared if r["mode"] == "lora" and "nf4" not in r["dtype"]],
+        "training on 4 bits": [r for r in compared if r["mode"] == "lora" and "nf4" in r["dtype"]],
+        "inference in 16 bits": [r for r in compared if r["mode"] != "lora" and "nf4" not in r["dtype"]],
+        "inference on 4 bits": [r for r in compared if r["mode"] != "lora" and "nf4" in r["dtype"]],
+    }
+    return {
+        "summary": {name: summary(own) for name, own in groups.items()},
+        "rows": compared,
+        "left_out_counts": dict(reasons),
+        "left_out": left,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="models whose name has this; nothing is written then")
     options = parser.parse_args()
     torch.manual_seed(0)
-    training, inference = [], []
+    training, further, inference = [], [], []
     for subject in subjects():
         if options.only in subject.name:
             training += [measure_training(subject, case) for case in CASES]
             inference += [measure_inference(subject, format) for format in ("fp32", "bf16")]
-    print(summary(training), summary(training, "kept_error_percent"), summary(inference), file=sys.stderr)
+            further += [measure_training(subject, case) for case in FURTHER if case.model == subject.name]
+    figures = {
+        "training": {"summary": summary(training), "kept": summary(training, "kept_error_percent"), "rows": training},
+        "further": {"summary": summary(further), "rows": further},
+        "inference": {"summary": summary(inference), "rows": inference},
+        "published": public_part(),
+    }
+    print({name: part.get("summary") for name, part in figures.items()}, file=sys.stderr)
+    if not options.only:
+        print(write_result("memory", figures))
 
 
 if __name__ == "__main__":
