@@ -61,6 +61,7 @@ def _read(row: Mapping[str, str]) -> Published:
     }
     if row["mode"] == "lora":  # trained parameters on the page are those of rank 8 on queries and values
         options |= {"adapter_rank": 8, "adapters": "query-value", "loss": "narrow", "dropout": True}
+        options |= {"packed_inputs": four_bit}  # bitsandbytes 0.41.1 is stated
         options |= {"optimizer": "adamw-foreach", "accumulation": 128 // options["batch_size"]}
     return Published(row, options, "")
 

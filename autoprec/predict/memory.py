@@ -8,7 +8,8 @@ from typing import Any
 from autoprec.errors import UsageError
 from autoprec.formats import Format
 from autoprec.plan import Plan
-from autoprec.predict.anatomy import Anatomy, Op
+from autoprec.predict.anatomy import operations
+from autoprec.predict.blocks import Op
 from autoprec.predict.describing import describe
 from autoprec.predict.setup import (
     Adapters,
@@ -25,6 +26,7 @@ from autoprec.predict.setup import (
     states_of,
     stored_policy,
 )
+from autoprec.predict.shape import Shape
 from autoprec.predict.timeline import Fixed, moments
 from autoprec.records import MemoryBreakdown, Mode, ModelFacts, ModelProfile, UnitMemory
 
@@ -67,8 +69,8 @@ def memory_bytes(
         choices: `method` (full, lora, qlora), `policy` (fp32, mixed, mixed-master, bf16; by default what the plan
             stores), `checkpointing` (none, selective, full), `attention` (sdpa, flash, eager), `loss` (plain, narrow,
             fused), `sharding` (none, zero1, zero2, zero3, fsdp) over `devices`, `accumulation`, `dropout`,
-            `adapter_rank`, `adapters` (all-linear, query-value), `double_quant`, `cache` (format of the KV cache in
-            infer mode, or None), `device_kind` (whose context is counted).
+            `adapter_rank`, `adapters` (all-linear, query-value), `double_quant`, `packed_inputs` (by 4-bit layers),
+            `cache` (format of the KV cache in infer mode, or None), `device_kind` (whose context is counted).
 
     Returns:
         All figures in bytes, of origin predicted.
@@ -105,6 +107,7 @@ def setup_of(
     adapter_rank: int = 16,
     adapters: Adapters | str = "all-linear",
     double_quant: bool = False,
+    packed_inputs: bool = False,
     cache: Format | str | None = "auto",
     device_kind: str = "cuda",
 ) -> Setup:
@@ -136,6 +139,7 @@ def setup_of(
         adapter_rank=adapter_rank,
         adapters=choice_of(Adapters, adapters, "choice of adapters"),
         double_quant=double_quant,
+        packed_inputs=packed_inputs,
         cache=held,
         device_kind=device_kind,
     )
@@ -143,10 +147,10 @@ def setup_of(
 
 def predict_memory(profile: ModelProfile, plan: Plan, setup: Setup, facts: ModelFacts | None = None) -> MemoryBreakdown:
     """Predict the highest memory of a step; a pure function of its arguments."""
-    anatomy = Anatomy(profile, plan, setup, facts)
-    ops = list(anatomy.ops())
-    units = _units(anatomy, ops, setup)
-    fixed = _fixed(anatomy, units, setup)
+    shape = Shape(profile, plan, setup, facts)
+    ops = list(operations(shape))
+    units = _units(shape, ops, setup)
+    fixed = _fixed(shape, units, setup)
     found = moments(ops, fixed, trains=setup.trains, checkpointing=setup.checkpointing)
     worst = max(found, key=lambda moment: found[moment].total_bytes)
     return MemoryBreakdown(
@@ -159,7 +163,7 @@ def predict_memory(profile: ModelProfile, plan: Plan, setup: Setup, facts: Model
         accumulation=setup.accumulation,
         checkpointing=str(setup.checkpointing),
         parameters=profile.parameters,
-        trained_parameters=_trained(anatomy),
+        trained_parameters=_trained(shape),
         parts=found[worst],
         moment=worst,
         moments_bytes={moment: parts.total_bytes for moment, parts in found.items()},
@@ -181,33 +185,33 @@ def simple_count(parameters: int, setup: Setup) -> int:
     return round(parameters * (states.total - states.master))
 
 
-def _trained(anatomy: Anatomy) -> int:
-    units = anatomy.profile.units
-    inside = sum(anatomy.own_parameters(unit) for unit in units)
-    if anatomy.full:
-        return anatomy.profile.parameters if anatomy.setup.trains else 0
-    return sum(anatomy.trained(unit, inside) for unit in units)
+def _trained(shape: Shape) -> int:
+    units = shape.profile.units
+    inside = sum(shape.own_parameters(unit) for unit in units)
+    if shape.full:
+        return shape.profile.parameters if shape.setup.trains else 0
+    return sum(shape.trained(unit, inside) for unit in units)
 
 
-def _units(anatomy: Anatomy, ops: Sequence[Op], setup: Setup) -> tuple[UnitMemory, ...]:
+def _units(shape: Shape, ops: Sequence[Op], setup: Setup) -> tuple[UnitMemory, ...]:
     """Return what each unit holds on one device, and the parameters outside units as the last row."""
     rows, placed = [], 0
-    states = states_of(setup.policy if anatomy.full else StatePolicy.FP32, setup.optimizer)
-    for unit in anatomy.profile.units:
+    states = states_of(setup.policy if shape.full else StatePolicy.FP32, setup.optimizer)
+    for unit in shape.profile.units:
         own = [op for op in ops if op.unit == unit.name]
-        count = anatomy.own_parameters(unit)
+        count = shape.own_parameters(unit)
         placed += count
         stored = 0.0
         for module in unit.modules:
-            leaf = anatomy.leaves.get(module)
+            leaf = shape.leaves.get(module)
             if leaf is not None and count:
-                stored += anatomy.weight_bytes(leaf, leaf.parameters, unit.role)
+                stored += shape.weight_bytes(leaf, leaf.parameters, unit.role)
         rows.append(
-            _row(unit.name, stored if count else 0.0, anatomy.trained(unit, count), states, own, setup, anatomy.full)
+            _row(unit.name, stored if count else 0.0, shape.trained(unit, count), states, own, setup, shape.full)
         )
-    rest = max(0, anatomy.profile.parameters - placed)
-    stored = anatomy.weight_bytes(None, rest, None)
-    rows.append(_row("outside units", stored, anatomy.trained(None, rest), states, [], setup, anatomy.full))
+    rest = max(0, shape.profile.parameters - placed)
+    stored = shape.weight_bytes(None, rest, None)
+    rows.append(_row("outside units", stored, shape.trained(None, rest), states, [], setup, shape.full))
     return tuple(rows)
 
 
@@ -235,14 +239,14 @@ def _divided(sharding: Sharding) -> str:
     return {Sharding.NONE: "", Sharding.ZERO1: "o", Sharding.ZERO2: "og"}.get(sharding, "ogw")
 
 
-def _fixed(anatomy: Anatomy, units: Sequence[UnitMemory], setup: Setup) -> Fixed:
-    states = states_of(setup.policy if anatomy.full else StatePolicy.FP32, setup.optimizer)
+def _fixed(shape: Shape, units: Sequence[UnitMemory], setup: Setup) -> Fixed:
+    states = states_of(setup.policy if shape.full else StatePolicy.FP32, setup.optimizer)
     share = 1 / setup.devices if "g" in _divided(setup.sharding) else 1.0
     gathered = 0.0
     if "w" in _divided(setup.sharding) and setup.devices > 1:
         # the unit that computes and the one fetched ahead of it, in the format they compute in
         whole = sorted(u.weights_bytes * setup.devices for u in units)[-2:]
-        gathered = sum(whole) * min(1.0, anatomy.ambient / states.weight)
+        gathered = sum(whole) * min(1.0, shape.ambient / states.weight)
     optimizer_share = 1 / setup.devices if "o" in _divided(setup.sharding) else 1.0
     return Fixed(
         weights=sum(u.weights_bytes for u in units),
@@ -252,8 +256,8 @@ def _fixed(anatomy: Anatomy, units: Sequence[UnitMemory], setup: Setup) -> Fixed
         gradients=sum(u.gradients_bytes for u in units),
         gradient_share=share,
         accumulates=setup.accumulation > 1,
-        optimizer_temporary=_trained(anatomy) * states.temporary * optimizer_share,
-        stream=anatomy.stream_bytes,
+        optimizer_temporary=_trained(shape) * states.temporary * optimizer_share,
+        stream=shape.stream_bytes,
         gathered=gathered,
     )
 

@@ -122,6 +122,8 @@ class Setup:
     adapters: Adapters = Adapters.ALL
     #: 4-bit weights have their scales quantised as well
     double_quant: bool = False
+    #: 4-bit layers keep their input for the backward, as those of bitsandbytes 0.41 did
+    packed_inputs: bool = False
     #: format of cached keys and values; None: no cache
     cache: Format | None = None
     device_kind: str = "cuda"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autoprec.predict.anatomy import Op
+from autoprec.predict.blocks import Op
 from autoprec.predict.setup import Checkpointing
 from autoprec.records import MemoryParts, Moment
 
