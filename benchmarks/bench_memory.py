@@ -197,7 +197,7 @@ def measure_training(subject: Subject, case: Case) -> dict[str, Any]:
     model, context = prepared(subject, case)
     checkpointed = case.choices.get("checkpointing") == "full"
     if checkpointed:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = optimizer_of(model, case.optimizer)
 
     def step() -> None:
@@ -214,7 +214,7 @@ def measure_training(subject: Subject, case: Case) -> dict[str, Any]:
         peak = storage_bytes([*model.parameters(), *model.buffers(), *states]) + peak_bytes(step)
     optimizer.zero_grad()
     if checkpointed:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     model.config._attn_implementation = "sdpa"
     return row(subject, case.name, predicted, peak, sum(k.size_bytes for k in kept), checkpointed)
 

@@ -39,8 +39,8 @@ def _stem(shape: Shape, unit: Unit, place: Place) -> Op:
         for leaf in leaves:
             fresh = shape.fresh_parameters(leaf)
             gradient += fresh * shape.gradient_width
-            if not fresh:  # shared with the head: made anew, then added to what is there
-                temporary += leaf.parameters * shape.gradient_width
+            if not fresh:
+                temporary += _added(shape) * leaf.parameters * shape.gradient_width
     embedded = shape.stream_bytes
     return Op(
         unit=place.unit,
@@ -49,6 +49,15 @@ def _stem(shape: Shape, unit: Unit, place: Place) -> Op:
         forward=2 * embedded,
         backward=embedded + temporary,
     )
+
+
+def _added(shape: Shape) -> int:
+    """Return how many copies it takes to add a lookup's gradient to that of the head that shares its storage.
+
+    The new one; and the sum, where the head's is a view of a matmul's result, which autograd does not add to in place.
+    """
+    heads = [shape.place(unit) for unit in shape.profile.units if unit.role is Role.LM_HEAD]
+    return 2 if any(place.compute == place.stored for place in heads) else 1
 
 
 def _other(shape: Shape, unit: Unit, place: Place) -> Iterator[Op]:

@@ -167,6 +167,8 @@ def _scores(shape: Shape, place: Place, q_width: int, kv_width: int, *, joint: b
         scores = square * (FP32_BYTES if compute == FP32_BYTES else FP32_BYTES + compute)
         kv_width, lse = q_width, 0
     kept = tokens * (q_width + 2 * kv_width) * compute + lse
+    if shape.head_norms:  # norms of queries and keys, written in Python: input in FP32 and normalised values
+        kept += tokens * (q_width + kv_width) * (FP32_BYTES + place.compute)
     if joint:  # views of the joint projection keep all of it; two of the three are copied beside it
         kept += 2 * tokens * q_width * compute
     if shape.trains_weights or not scores:  # the result: SDPA keeps it, and so does a trained output projection

@@ -76,6 +76,11 @@ class Shape:
         return self.profile.class_name.startswith(_BIASED)
 
     @cached_property
+    def head_norms(self) -> bool:
+        """Whether queries and keys have norms of their own, as in Qwen3."""
+        return any(m.endswith(".q_norm") for pinned in self.profile.pinned for m in pinned.modules)
+
+    @cached_property
     def vocabulary(self) -> int:
         """Rows of the token embedding; 0 where there is none."""
         if self.facts is not None:

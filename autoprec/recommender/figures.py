@@ -25,7 +25,7 @@ def memory_figures(
     """Return the predicted peak of a step by what holds it, the largest micro-batch, and the peaks of other policies.
 
     Where the batch does not fit, the figures are those of the micro-batch that does, with gradient accumulation; with
-    full checkpointing where that lets more of it fit. `policy` says what is counted.
+    full checkpointing where that makes all of it fit. `policy` says what is counted.
     """
     size = device.memory_bytes
     fit = _fitted(profile, plan, setup, model_facts, size) if size else None
@@ -60,14 +60,18 @@ def memory_figures(
 def _fitted(
     profile: ModelProfile, plan: Plan, setup: Setup, model_facts: ModelFacts | None, size_bytes: int
 ) -> BatchFit:
-    """Return how a batch fits a device: as it is, else with the way that needs the least accumulation."""
+    """Return how a batch fits a device: as it is, checkpointed where that makes all of it fit, else accumulated.
+
+    Accumulating repeats no work; checkpointing does, so it is also taken where not even one sequence fits without.
+    """
     usable = round((1 - RESERVE) * size_bytes)
     plain = fit_batch(profile, plan, setup, model_facts, usable, setup.batch_size)
     if not setup.trains or plain.micro_batch == setup.batch_size:
         return plain
     again = dataclasses.replace(setup, checkpointing=Checkpointing.FULL)
     smaller = fit_batch(profile, plan, again, model_facts, usable, setup.batch_size)
-    return smaller if smaller.micro_batch > plain.micro_batch else plain
+    whole = smaller.micro_batch == setup.batch_size
+    return smaller if whole or (smaller.micro_batch and not plain.micro_batch) else plain
 
 
 def expected_figures(plan: Plan, facts: Mapping[str, UnitFacts], device: DeviceProfile, tokens: int) -> dict[str, Any]:
@@ -159,6 +163,7 @@ def _alternatives(
             {
                 "policy": name,
                 "bytes_per_parameter": round(states_of(policy, optimizer).total, 2),
+                "states_bytes": round(states_of(policy, optimizer).total * profile.parameters),
                 "total_bytes": predict_memory(profile, plan, other, model_facts).total_bytes,
             }
         )
