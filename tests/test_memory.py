@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import autoprec
 from autoprec.errors import DeviceError, PlanError, UsageError
+from autoprec.facts import facts_of
 from autoprec.plan import Plan
 from autoprec.predict import largest_batch, memory_bytes
 from autoprec.predict.skeleton import skeleton_profile
@@ -264,10 +265,14 @@ def test_units_and_parts_add_up() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_configuration_says_as_much_as_a_module(name: str) -> None:
     module = model(name)
-    facts_only = autoprec.predict.memory_bytes(probe_units(module), "bf16", 4, 64)
-    whole = memory_bytes(module, "bf16", 4, 64)
-    # without facts heads are guessed, which moves the logsumexp alone
-    assert facts_only.total_bytes == pytest.approx(whole.total_bytes, rel=0.01)
+    facts = facts_of(module.config.to_dict())
+    skeleton = skeleton_profile(facts, type(module).__name__)
+    assert skeleton.parameters == sum(p.numel() for p in module.parameters())
+    assert [u.name for u in skeleton.units] == [u.name for u in probe_units(module).units]
+    whole, implied = memory_bytes(module, "bf16", 4, 64), memory_bytes(skeleton, "bf16", 4, 64, facts=facts)
+    assert implied.parts == whole.parts
+    # a profile without facts: heads are guessed, which moves the logsumexp alone
+    assert memory_bytes(probe_units(module), "bf16", 4, 64).total_bytes == pytest.approx(whole.total_bytes, rel=0.01)
 
 
 def test_a_name_needs_no_torch() -> None:
@@ -301,6 +306,10 @@ def test_accumulation_keeps_the_effective_batch() -> None:
     assert fit.micro_batch * fit.accumulation == fit.effective_batch == 96
     assert fit.breakdown.batch_size == fit.micro_batch and fit.breakdown.total_bytes <= fit.usable_bytes
     assert fit.tokens_per_s == pytest.approx(512 / 0.1)
+    assert 48 > fit.largest_micro_batch >= fit.micro_batch
+    alone = largest_batch(profile, "bf16", "h100-sxm", 512, facts=facts, method="lora", effective_batch=2)
+    assert (alone.micro_batch, alone.accumulation) == (2, 1)
+    assert alone.largest_micro_batch == fit.largest_micro_batch  # of the device, whatever is asked for
     sharded = largest_batch(
         profile, "bf16", "h100-sxm", 512, facts=facts, effective_batch=96, sharding="fsdp", devices=8
     )

@@ -89,21 +89,27 @@ def fit_batch(
     usable_bytes: int,
     effective_batch: int | None = None,
 ) -> BatchFit:
-    """Return the largest micro-batch whose peak is within some bytes; a pure function of its arguments.
+    """Return the largest micro-batch whose peak is within some bytes, and how it makes up the effective batch.
+
+    A pure function of its arguments.
 
     Raises:
         UsageError: the effective batch cannot be divided among the devices.
     """
-    share = None if effective_batch is None else _share(effective_batch, setup.devices)
 
-    def peak(sequences: int) -> int:
-        repeats = share is not None and setup.trains and sequences < share
-        one = dataclasses.replace(setup, batch_size=sequences, accumulation=2 if repeats else setup.accumulation)
-        return predict_memory(profile, plan, one, facts).total_bytes
+    def fits(sequences: int, accumulation: int) -> bool:
+        one = dataclasses.replace(setup, batch_size=sequences, accumulation=accumulation)
+        return predict_memory(profile, plan, one, facts).total_bytes <= usable_bytes
 
-    largest = _largest(lambda sequences: peak(sequences) <= usable_bytes, share or _MOST)
-    micro = largest if share is None else next((n for n in range(largest, 0, -1) if share % n == 0), 0)
-    accumulation = 1 if share is None or not micro else share // micro
+    largest = micro = _largest(lambda sequences: fits(sequences, setup.accumulation), _MOST)
+    accumulation = 1
+    if effective_batch is not None:
+        share = _share(effective_batch, setup.devices)
+        micro = min(share, largest)
+        if micro < share and setup.trains:  # gradients of earlier passes are held through the next
+            micro = _largest(lambda sequences: fits(sequences, max(2, setup.accumulation)), largest)
+        micro = next((count for count in range(micro, 0, -1) if share % count == 0), 0)
+        accumulation = share // micro if micro else min(2, share)
     shown = dataclasses.replace(setup, batch_size=max(micro, 1), accumulation=max(accumulation, setup.accumulation))
     breakdown = predict_memory(profile, plan, shown, facts)
     return BatchFit(

@@ -48,7 +48,7 @@ def memory_figures(
         "largest_micro_batch": fit.largest_micro_batch if fit else None,
         "micro_batch": fit.micro_batch if fit else setup.batch_size,
         "accumulation": found.accumulation,
-        "over_bytes": fit.over_bytes if fit else None,
+        "over_bytes": (fit.over_bytes or None) if fit else None,
         "remedies": [as_json(remedy) for remedy in fit.remedies] if fit else [],
         "simple_count_bytes": found.simple_bytes,
         "origin": str(found.origin),
