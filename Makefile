@@ -12,7 +12,7 @@ DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast real nightly gpu bench bench-search bench-sensitivity models clean
+.PHONY: help demo test lint types fast real nightly gpu bench bench-search bench-sensitivity models catalogue clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-18s", $$2; $$1 = $$2 = ""; print $$0}'
@@ -54,6 +54,9 @@ bench-search: models ## samplers on an exhaustive truth, and the verdict's error
 
 models: $(TEST_READY) ## prepare the trained models and texts of the real tests
 	$(BIN)/python benchmarks/models.py
+
+catalogue: $(TEST_READY) ## write profiles/models/*.json anew, after a change of a model or of transformers
+	$(BIN)/python benchmarks/catalogue.py
 
 clean: ## remove the environment, caches and builds; run folders stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,14 +19,17 @@ from typing import Any, ClassVar
 from autoprec.errors import AutoprecError, DeviceError, closest
 from autoprec.files import from_json
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
+from autoprec.kept import BOOST, kept_names, kept_profile
 from autoprec.records import DeviceProfile, FormatSupport, Origin, Support
 
 __all__ = [
     "CatalogueEntry",
     "catalogue_match",
+    "data_files",
     "device_names",
     "find_device",
     "find_entry",
+    "read_toml",
     "search_space_file",
     "search_space_names",
 ]
@@ -88,28 +91,41 @@ def device_names() -> tuple[str, ...]:
 
 
 def find_device(name: str) -> DeviceProfile:
-    """Return the profile of a catalogued device by name, alias or unique prefix; case does not matter.
+    """Return the profile of a device by name, alias or unique prefix; case does not matter.
+
+    A profile measured by `autoprec probe` (`kept`) beats the datasheet; a device without a file here is found by its.
 
     Raises:
-        DeviceError: no device is called so (with the closest names), or several begin so (with all of them).
+        DeviceError: no device is called so (with the closest names), several begin so (with all of them), or the
+            measured profile has a missing or impossible figure.
     """
-    return find_entry(name).profile
+    kept = kept_names()
+    found = _resolve(name, {**{device: device for device in kept}, **_spellings()})
+    entry = _entries().get(found)
+    known = entry.profile if entry else None
+    profile = (kept_profile(found, known) if found in kept else None) or known
+    assert profile is not None  # a name is from the catalogue or from what is kept
+    return profile
 
 
 def find_entry(name: str) -> CatalogueEntry:
-    """Return the whole catalogue entry of a device; names and errors as in `find_device`."""
+    """Return the whole catalogue entry of a device, as its file is; names and errors as in `find_device`."""
+    return _entries()[_resolve(name, _spellings())]
+
+
+def _resolve(name: str, known: Mapping[str, str]) -> str:
+    """Return the device that a spelling means: a whole one beats the beginning of one."""
     wanted = name.strip().lower()
-    known = _spellings()
     if wanted in known:
-        return _entries()[known[wanted]]
+        return known[wanted]
     begun = sorted({device for spelling, device in known.items() if wanted and spelling.startswith(wanted)})
     if len(begun) == 1:
-        return _entries()[begun[0]]
+        return begun[0]
     if begun:
         raise DeviceError(f"'{name}' could be any of {', '.join(begun)}; write more of the name")
     raise DeviceError(
         f"there is no device '{name}' here or in the catalogue{closest(wanted, known)}. "
-        f"Choose auto, cpu, cuda, mps, xpu, or a catalogued name: {', '.join(device_names())}."
+        f"Choose auto, cpu, cuda, mps, xpu, or a name: {', '.join(sorted(set(known.values())))}."
     )
 
 
@@ -123,7 +139,7 @@ def catalogue_match(torch_name: str) -> CatalogueEntry | None:
 
 def search_space_names() -> tuple[str, ...]:
     """Return the names of the search spaces that ship with the package, sorted."""
-    return tuple(sorted(_toml_files("search_spaces")))
+    return tuple(sorted(data_files("search_spaces")))
 
 
 def search_space_file(name: str | Path) -> dict[str, Any]:
@@ -132,25 +148,25 @@ def search_space_file(name: str | Path) -> dict[str, Any]:
     Raises:
         AutoprecError: no such name or file, or the file is no TOML, with the line.
     """
-    shipped = _toml_files("search_spaces")
+    shipped = data_files("search_spaces")
     text = str(name)
     if text.lower() in shipped:
-        return _read_toml(shipped[text.lower()], f"search space {text.lower()}")
+        return read_toml(shipped[text.lower()], f"search space {text.lower()}")
     path = Path(text)
     if path.suffix != ".toml" and not path.is_file():
         raise AutoprecError(
             f"there is no search space '{text}'{closest(text.lower(), shipped)}. "
             f"Choose one of {', '.join(sorted(shipped))}, or give the path of a .toml file."
         )
-    return _read_toml(path, f"search space {path}")
+    return read_toml(path, f"search space {path}")
 
 
 @cache
 def _entries() -> Mapping[str, CatalogueEntry]:
     """Read every device file, once."""
     entries: dict[str, CatalogueEntry] = {}
-    for stem, file in sorted(_toml_files("profiles", "devices").items()):
-        entry = _device_entry(_read_toml(file, f"device file {file}"), f"device file {file}")
+    for stem, file in sorted(data_files("profiles", "devices").items()):
+        entry = _device_entry(read_toml(file, f"device file {file}"), f"device file {file}")
         if entry.profile.name != stem:
             raise AutoprecError(f"device file {file}: name is '{entry.profile.name}', but the file is called '{stem}'")
         entries[stem] = entry
@@ -177,6 +193,12 @@ def _device_entry(data: dict[str, Any], what: str) -> CatalogueEntry:
         for key, value in given.items():
             if key not in _PEAKS or value <= 0:
                 raise AutoprecError(f"{what} is not valid at {place}.{key}: use one of {', '.join(_PEAKS)}, above zero")
+    for key, share in file.achieved_fraction.items():
+        if key not in file.peak_tflops or share > BOOST:
+            raise AutoprecError(
+                f"{what} is not valid at achieved_fraction.{key}: give the peak too; clocks above the nominal explain "
+                f"{BOOST} of it at most (got {share:g})"
+            )
     wanted = {*Format, "tf32"}
     if wrong := sorted(wanted ^ set(file.formats)):
         raise AutoprecError(
@@ -200,7 +222,7 @@ def _device_entry(data: dict[str, Any], what: str) -> CatalogueEntry:
         peak_tflops=file.peak_tflops,
         bandwidth_gb_per_s=file.bandwidth_gb_per_s,
         sources=file.sources,
-        notes=file.notes,
+        notes=(*file.notes, *_reached(file.achieved_fraction)),
     )
     return CatalogueEntry(
         profile=profile,
@@ -212,6 +234,12 @@ def _device_entry(data: dict[str, Any], what: str) -> CatalogueEntry:
     )
 
 
+def _reached(shares: Mapping[str, float]) -> tuple[str, ...]:
+    """Return what the best measured matmuls reach, as a note; nothing where none is known."""
+    said = ", ".join(f"{share:.0%} in {key}" for key, share in shares.items())
+    return (f"of the peak, the best measured matmul reaches {said}",) if said else ()
+
+
 def _data_folder(package: str) -> Traversable:
     """Return the folder of shipped data: inside the installed package, else beside it in a checkout."""
     root = resources.files("autoprec")
@@ -221,17 +249,17 @@ def _data_folder(package: str) -> Traversable:
     return Path(str(root)).parent / package
 
 
-def _toml_files(package: str, *below: str) -> dict[str, Traversable]:
-    """Return the TOML files of a data folder by stem."""
+def data_files(package: str, *below: str, ending: str = ".toml") -> dict[str, Traversable]:
+    """Return the files of a folder of shipped data that have an ending, by their names without it."""
     folder = _data_folder(package)
     for part in below:
         folder = folder.joinpath(part)
     if not folder.is_dir():
         raise AutoprecError(f"the data folder {folder} is missing; install autoprec again")
-    return {f.name.removesuffix(".toml"): f for f in folder.iterdir() if f.name.endswith(".toml")}
+    return {f.name.removesuffix(ending): f for f in folder.iterdir() if f.name.endswith(ending)}
 
 
-def _read_toml(file: Traversable | Path, what: str) -> dict[str, Any]:
+def read_toml(file: Traversable | Path, what: str) -> dict[str, Any]:
     """Read a TOML file whole.
 
     Raises:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -88,7 +90,19 @@ def from_json(kind: type[T], data: Any, *, what: str, error: type[AutoprecError]
     except AutoprecError as fault:  # from a check of the record itself
         raise error(f"{what} is not valid: {fault}") from None
     except (TypeError, ValueError, RecursionError) as fault:  # json.dumps met what is no JSON
+        if "Out of range" in str(fault):  # json's words for NaN and infinities; other data may hold itself
+            place, figure = next(_not_finite(data))
+            raise error(f"{what} is not valid at {place}: {figure} is no finite number") from None
         raise error(f"{what} is not valid: {fault}") from None
+
+
+def _not_finite(data: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the places of NaN and infinities, which JSON does not have."""
+    if isinstance(data, float) and not math.isfinite(data):
+        yield place.removeprefix("."), data
+    elif isinstance(data, Mapping | list | tuple):
+        for key, inner in data.items() if isinstance(data, Mapping) else enumerate(data):
+            yield from _not_finite(inner, f"{place}.{key}")
 
 
 _adapters: dict[Any, TypeAdapter[Any]] = {}  #: building one reads all the types of a record, so once each

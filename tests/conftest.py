@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")  # what tests find out is not the user's
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")
 
 import numpy as np
 import pytest

@@ -27,12 +27,13 @@ import autoprec.cli.recommend
 import autoprec.cli.search
 import autoprec.cli.show
 import autoprec.study.run
+from autoprec.catalog import find_device
 from autoprec.cli.main import main
 from autoprec.cli.running import newest_run, slug
 from autoprec.errors import DataError, Interrupted
 from autoprec.files import as_json, from_json, write_json
 from autoprec.plan import Plan
-from autoprec.records import DeviceProfile, ModelProfile, SearchResult, SensitivityProfile
+from autoprec.records import DeviceProfile, ModelProfile, Origin, SearchResult, SensitivityProfile
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
 COMMANDS = ("probe", "recommend", "search", "show", "verify", "export")
@@ -248,6 +249,29 @@ def test_probe_json_is_one_document_that_reads_back() -> None:
     assert data["schema"] == "autoprec/probe@1"
     assert from_json(DeviceProfile, data["device"], what="device").name == "t4"
     assert from_json(ModelProfile, data["model"], what="model").unassigned == ()
+
+
+def test_probe_keeps_what_it_measured_and_its_name_finds_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(here / "data"))
+    result = autoprec_run("probe", "--device", "cpu", "--json")
+    device = one_document(result.stdout)["device"]
+    kept = list((here / "data").rglob("*.json"))
+    assert len(kept) == 1 and str(kept[0]) in result.stderr
+    known = find_device(device["name"])
+    assert known.origin is Origin.MEASURED and known.gemm_rates[0].tflops == device["gemm_rates"][0]["tflops"]
+    advice = one_document(autoprec_run("recommend", "demo", "--device", device["name"], "--json").stdout)
+    rate = max((r for r in device["gemm_rates"] if r["format"] == "fp32"), key=lambda r: r["size"])
+    assert advice["expected"]["rates_tflops"]["fp32"] == {"value": rate["tflops"], "origin": "measured"}
+    kept[0].write_text(kept[0].read_text().replace(f'"tflops": {rate["tflops"]}', '"tflops": 0.0'))
+    broken = autoprec_run("recommend", "demo", "--device", device["name"])
+    assert_failed(broken, 1, str(kept[0]), "matmul rate in fp32", "is 0")
+
+
+def test_probe_of_an_absent_device_says_what_is_known_and_where_from() -> None:
+    output = autoprec_run("probe", "--device", "v100s").stdout
+    assert "not here: datasheet" in output and "130" in output and "source of peak_tflops" in output
+    assert "the best measured matmul reaches 83% in fp32" in output
+    assert "kept in" not in output
 
 
 def test_probe_without_a_model_has_no_units() -> None:

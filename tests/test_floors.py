@@ -31,6 +31,8 @@ FLOORS = {
     "plan": 3,
     "catalog": 3,
     "facts": 3,
+    "kept": 3,
+    "models": 3,
     "demo": 3,
     "runtime": 4,
     "predict": 4,
@@ -50,6 +52,9 @@ FLOORS = {
 #: parts of one floor that may import another part of it; all other neighbours may not
 NEIGHBOURS = {
     ("plan", "catalog"),
+    ("catalog", "kept"),
+    ("models", "catalog"),
+    ("models", "facts"),
     ("recommender", "probe"),
     ("exporters", "probe"),
     ("doctor", "measurement"),

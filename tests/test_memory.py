@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import autoprec
 from autoprec.errors import DeviceError, PlanError, UsageError
 from autoprec.facts import facts_of
+from autoprec.models import model_names
 from autoprec.plan import Plan
 from autoprec.predict import largest_batch, memory_bytes
 from autoprec.predict.skeleton import skeleton_profile
@@ -273,6 +274,13 @@ def test_a_configuration_says_as_much_as_a_module(name: str) -> None:
     assert implied.parts == whole.parts
     # a profile without facts: heads are guessed, which moves the logsumexp alone
     assert memory_bytes(probe_units(module), "bf16", 4, 64).total_bytes == pytest.approx(whole.total_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_catalogued_model_has_a_prediction(name: str) -> None:
+    found = memory_bytes(name, "bf16", 2, 128)
+    assert found.parts.weights_bytes == pytest.approx(4 * found.parameters, rel=1e-6)
+    assert found.total_bytes > found.simple_bytes
 
 
 def test_a_name_needs_no_torch() -> None:

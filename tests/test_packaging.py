@@ -28,7 +28,7 @@ from importlib.metadata import entry_points, version
 from importlib.resources import files
 
 import autoprec
-from autoprec import catalog, demo
+from autoprec import catalog, demo, models
 
 def below(folder):
     return sorted(x.name for x in folder.iterdir() if not x.name.startswith("__"))
@@ -39,7 +39,8 @@ print(json.dumps({
     "script": [e.value for e in entry_points(group="console_scripts", name="autoprec")],
     "search_spaces": below(files("autoprec.search_spaces")),
     "devices": below(files("autoprec.profiles") / "devices"),
-    "catalogued": [list(catalog.search_space_names()), list(catalog.device_names())],
+    "models": below(files("autoprec.profiles") / "models"),
+    "catalogued": [list(catalog.search_space_names()), list(catalog.device_names()), list(models.model_names())],
     "demo": [below(demo.folder()), demo.text_path().stat().st_size],
 }))
 """
@@ -111,7 +112,9 @@ def test_the_installed_package_is_the_wheels(installed: Installed, seen: dict[st
 def test_search_spaces_and_profiles_are_found_from_an_empty_folder(seen: dict[str, Any]) -> None:
     assert seen["search_spaces"] == names(ROOT / "search_spaces")
     assert seen["devices"] == names(ROOT / "profiles" / "devices")
-    spaces, devices = seen["catalogued"]
+    assert seen["models"] == names(ROOT / "profiles" / "models")
+    spaces, devices, models = seen["catalogued"]
+    assert len(models) == sum(name.endswith(".toml") for name in seen["models"])
     assert sorted(f"{s}.toml" for s in spaces) == seen["search_spaces"]
     assert sorted(f"{d}.toml" for d in devices) == seen["devices"]
     assert "default" in spaces and "h100-sxm-80gb" in devices

@@ -367,7 +367,7 @@ def test_expected_speed() -> None:
     assert speedup["value"] == pytest.approx(2.5)
     assert (speedup["low"], speedup["high"]) == pytest.approx((2.5 * 0.9 / 1.1, 2.5 * 1.1 / 0.9))
     assert done.expected["leaves_out"]
-    unknown = recommend(profile("gpt2"), "p40")
+    unknown = recommend(profile("gpt2"), "apple-m-series")
     assert unknown.expected["matmul_speedup"] is None and "no rate is known" in unknown.expected["reason"]
 
 

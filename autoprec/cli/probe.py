@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +16,7 @@ from autoprec.cli.common import (
     result_console,
     workload_options,
 )
-from autoprec.errors import DataError
+from autoprec.errors import AutoprecError, DataError
 
 if TYPE_CHECKING:
     from autoprec.probe.workload import Workload
@@ -36,8 +37,10 @@ def command(model: str | None, device: str, trust_remote_code: bool, as_json: bo
     MODEL is a Hugging Face id or local folder, 'demo', or file.py:function
     returning a Workload or nn.Module. Each of its units is listed with the
     drop that each format would cause there alone, most sensitive first.
-    Results are kept, so that asking again takes seconds. With the name of a
-    device that is not here the model's weights are not read: units only.
+    Results are kept, so that asking again takes seconds; what was measured of
+    the device is what recommend takes for its name from then on. With the
+    name of a device that is not here, what is known of it is shown and where
+    from, and the model's weights are not read: units only.
     """
     from autoprec.files import as_json as plain_data
     from autoprec.probe.device import probe_device
@@ -48,10 +51,14 @@ def command(model: str | None, device: str, trust_remote_code: bool, as_json: bo
     with quiet(), News(errors_console()) as news:
         news.doing("Probing the device")
         profile = probe_device(device)
+        here = _is_here(device)
+        kept = _keep(profile, news) if here else None
         if model is not None:
             options = {"trust_remote_code": trust_remote_code, **workload}
             units, found = _probe_model(model, device, profile, options, news)
     if as_json:
+        if kept is not None:
+            click.echo(f"Kept the measured profile in {kept}", err=True)
         print_json(
             {
                 "schema": "autoprec/probe@1",
@@ -62,7 +69,9 @@ def command(model: str | None, device: str, trust_remote_code: bool, as_json: bo
         )
         return
     console = result_console()
-    print_device(console, profile)
+    print_device(console, profile, here=here)
+    if kept is not None:
+        print_paths(console, {"kept in": str(kept)})
     if units is not None:
         console.print()
         print_units(console, units)
@@ -92,9 +101,12 @@ def _probe_model(
                 raise
             news.say(f"Units only, without drops: {error}")
     if runnable is None:
-        from autoprec.probe.loading import load_skeleton
+        from autoprec.probe.described import described_model
 
-        runnable = load_skeleton(model, trust_remote_code=options["trust_remote_code"])
+        described, note = described_model(model, trust_remote_code=options["trust_remote_code"])
+        if note:
+            news.say(note)
+        return described, None
     if not isinstance(runnable, Workload):  # a module, and nothing to run it on
         return probe_units(runnable, model_id=model), None
     for note in runnable.notes:
@@ -102,6 +114,17 @@ def _probe_model(
     units = probe_units(runnable.model, model_id=model)
     news.doing(f"Probing the {len(units.units)} units of {model}")
     return units, _sensitivity(runnable, profile, news)
+
+
+def _keep(profile: DeviceProfile, news: News) -> Path | None:
+    """Keep what was measured; where that cannot be done, say why: the result is not lost."""
+    from autoprec.kept import keep_profile
+
+    try:
+        return keep_profile(profile)
+    except AutoprecError as error:
+        news.say(f"The measured profile was not kept: {error}")
+        return None
 
 
 def _is_here(device: str) -> bool:

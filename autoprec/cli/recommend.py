@@ -101,4 +101,5 @@ def command(
     )
     print_paths(console, {"plan": str(path)})
     if advice.plan.device.origin is Origin.MEASURED:
-        print_paths(console, {"measure it": f"autoprec search {shlex.quote(model)} --mode {advice.plan.mode}"})
+        where = "" if device == "auto" else f" --device {shlex.quote(device)}"
+        print_paths(console, {"measure it": f"autoprec search {shlex.quote(model)}{where} --mode {advice.plan.mode}"})

@@ -13,16 +13,16 @@ from collections.abc import Mapping
 
 import torch
 
-from autoprec.catalog import CatalogueEntry, catalogue_match, find_entry
+from autoprec.catalog import CatalogueEntry, catalogue_match
 from autoprec.errors import DeviceError
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
-from autoprec.probe.host import cpu_instructions, cpu_memory_bytes, cpu_name, slug
+from autoprec.probe.host import cpu_instructions, cpu_memory_bytes, cpu_name, driver_version, slug
+from autoprec.probe.known import KINDS, named_profile
 from autoprec.probe.rates import Trial, copy_rate, fault_text, gemm_trials, matmuls, strict_fp32
 from autoprec.records import DeviceProfile, FormatSupport, GemmRate, Origin, Support
 
 __all__ = ["device_name", "probe_device", "resolve_device"]
 
-_KINDS = ("cpu", "cuda", "mps", "xpu")
 _SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 4096, 8192), "xpu": (1024, 2048, 4096), "mps": (512, 1024, 2048)}
 
 
@@ -34,9 +34,9 @@ def probe_device(device: str = "auto", *, seconds: float = 8.0) -> DeviceProfile
     """Return what a device can compute in, and how fast.
 
     A device that is here (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, or the catalogued name of the GPU that is
-    here) is measured for about `seconds`; any other catalogued name gives its profile from the catalogue, origin
-    `datasheet`. Rates are those of square matmuls alone. The process's random state, switches and threads stay as
-    they are.
+    here) is measured for about `seconds`; any other name gives what is known of it (`find_device`): origin `measured`
+    where a profile of it is kept, else `datasheet`. Rates are those of square matmuls alone. The process's random
+    state, switches and threads stay as they are.
 
     Raises:
         DeviceError: the device is not here, or no device is called so.
@@ -60,23 +60,20 @@ def resolve_device(device: str = "auto") -> tuple[torch.device | None, DevicePro
         kind = next((k for k in ("cuda", "xpu", "mps") if _count(k)), "cpu")
         wanted = kind
     kind, _, index = wanted.partition(":")
-    if kind in _KINDS:
+    if kind in KINDS:
         here = _present(kind, index, device)
         entry = catalogue_match(_torch_name(here)) if kind != "cpu" else None
         return here, entry.profile if entry else None
-    entry = find_entry(wanted)
-    return _card_here(entry), entry.profile
+    known = named_profile(wanted)
+    assert known is not None  # none of torch's own is left
+    return _named_here(known), known
 
 
-def _card_here(entry: CatalogueEntry) -> torch.device | None:
-    """Return the device here that is of the catalogued kind, if there is one."""
-    kind = entry.profile.kind
-    for index in range(_count(kind) if kind != "cpu" else 0):
-        here = torch.device(kind, index)
-        match = catalogue_match(_torch_name(here))
-        if match is not None and match.profile.name == entry.profile.name:
-            return here
-    return None
+def _named_here(known: DeviceProfile) -> torch.device | None:
+    """Return the device here that is called as a known one, if there is one."""
+    kind = known.kind
+    here = (torch.device(kind) if kind == "cpu" else torch.device(kind, index) for index in range(_count(kind)))
+    return next((device for device in here if device_name(device) == known.name), None)
 
 
 def _count(kind: str) -> int:
@@ -145,7 +142,7 @@ def _measured(here: torch.device, seconds: float) -> DeviceProfile:
         threads=torch.get_num_threads() if here.type == "cpu" else None,
         gemm_rates=_rates(trials),
         copy_gb_per_s=copy_rate(here, 0.1 * seconds),
-        versions=_versions(),
+        versions=_versions(here),
     )
     if entry is None:
         return profile
@@ -264,10 +261,12 @@ def _rates(trials: list[Trial]) -> tuple[GemmRate, ...]:
     return tuple(rates.values())
 
 
-def _versions() -> dict[str, str]:
+def _versions(here: torch.device) -> dict[str, str]:
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     if torch.version.hip:
         versions["rocm"] = torch.version.hip
+    if here.type != "cpu" and (driver := driver_version()):
+        versions["driver"] = driver
     return versions

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
-__all__ = ["INSTRUCTIONS", "cpu_instructions", "cpu_memory_bytes", "cpu_name", "slug"]
+__all__ = ["INSTRUCTIONS", "cpu_instructions", "cpu_memory_bytes", "cpu_name", "driver_version", "may_have", "slug"]
+
+#: what a driver puts under /dev: NVIDIA's (also on Jetson), AMD's, the GPU of Windows seen from Linux, Intel's
+_NODES = {"cuda": ("nvidiactl", "nvidia0", "nvmap", "kfd", "dxg"), "xpu": ("dri", "dxg")}
+_DRIVERS = ("nvidia", "amdgpu", "xe", "i915")
 
 #: flags of /proc/cpuinfo that matter for matmuls, narrowest first
 INSTRUCTIONS = (
@@ -62,6 +67,30 @@ def cpu_memory_bytes() -> int | None:
         if limit.isdigit():
             return min(machine, int(limit))
     return machine
+
+
+def may_have(kind: str) -> bool:
+    """Say whether a device of a torch kind could be here; False is certain, and takes neither torch nor a driver."""
+    if kind == "mps" or sys.platform == "darwin":
+        return kind == "cpu" or (kind == "mps" and sys.platform == "darwin")
+    if kind not in _NODES or not sys.platform.startswith("linux"):
+        return True
+    return any((Path("/dev") / node).exists() for node in _NODES[kind])
+
+
+def driver_version() -> str | None:
+    """Return the version of the GPU's kernel driver, where the system tells it."""
+    for name in _DRIVERS:
+        try:
+            return Path(f"/sys/module/{name}/version").read_text().strip()
+        except OSError:
+            continue
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    match = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return match[0] if match else None
 
 
 def _cpuinfo() -> str:

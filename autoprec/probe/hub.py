@@ -6,15 +6,9 @@ import re
 from pathlib import Path
 
 from autoprec.errors import ModelError, closest
+from autoprec.models import find_model, model_spellings
 
-__all__ = ["ALIASES", "model_folder"]
-
-ALIASES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-large": "openai-community/gpt2-large",
-    "bert-base-uncased": "google-bert/bert-base-uncased",
-    "bert-large-uncased": "google-bert/bert-large-uncased",
-}
+__all__ = ["model_folder"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -41,8 +35,18 @@ def model_folder(model: str, *, weights: bool, code: bool = False) -> tuple[Path
     if path.is_file():
         raise ModelError(f"{path} is a file; a model is the folder with its config.json, or file.py:function.")
     if not _HUB_ID.fullmatch(model):
-        raise ModelError(f"there is no model folder {path}{closest(model, ALIASES)}. {_LOCAL}")
-    return _download(ALIASES.get(model, model), weights, code), model
+        raise ModelError(f"there is no model folder {path}{_near(model)}. {_LOCAL}")
+    return _download(_hub_id(model), weights, code), model
+
+
+def _hub_id(model: str) -> str:
+    """Return the id that a catalogued alias means; an id is itself."""
+    entry = find_model(model)
+    return model if entry is None or model in entry.ids else entry.id
+
+
+def _near(model: str) -> str:
+    return closest(model.lower(), model_spellings())
 
 
 def _download(hub_id: str, weights: bool, code: bool) -> Path:
@@ -65,13 +69,13 @@ def _fetch(hub_id: str, patterns: list[str]) -> Path:
             f"'{hub_id}' asks for its terms to be accepted. Do so on its page, then `hf auth login`."
         ) from None
     except RepositoryNotFoundError:
-        near = closest(hub_id, [*ALIASES, *ALIASES.values()])
         raise ModelError(
-            f"'{hub_id}' is no local folder, and the hub has no such model for you{near}. {_LOCAL}"
+            f"'{hub_id}' is no local folder, and the hub has no such model for you{_near(hub_id)}. {_LOCAL}"
         ) from None
     except Exception as error:  # the http client's errors are not a stable list
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
+        unknown = "" if find_model(hub_id) else f", not in the catalogue of models{_near(hub_id)}"
         raise ModelError(
-            f"'{hub_id}' is no local folder, and fetching it failed, perhaps for want of a network "
+            f"'{hub_id}' is no local folder{unknown}, and fetching it failed, perhaps for want of a network "
             f"({reason[:160]}). {_LOCAL}"
         ) from None

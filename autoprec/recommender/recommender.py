@@ -22,7 +22,7 @@ from autoprec.recommender.arguments import training_arguments
 from autoprec.recommender.features import unit_facts
 from autoprec.recommender.figures import expected_figures, memory_figures
 from autoprec.recommender.notes import around_the_plan
-from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile
+from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,8 +69,10 @@ def recommend(
     """Recommend a plan for a model on a device, in seconds, from facts and rules of practice.
 
     Args:
-        model_or_id: a module, its profile, or a name (`demo`, a folder, a Hugging Face id), whose weights are not read.
-        device: as in `probe_device`; a device that is here is probed for about a second.
+        model_or_id: a module, its profile, or a name (`demo`, a folder, a Hugging Face id), whose weights are not read;
+            a catalogued model is not fetched either.
+        device: as in `probe_device`; a device that is here is probed for about a second, unless its name is given and
+            `autoprec probe` measured it before.
         batch_size: sequences a step.
         seq_len: tokens a sequence.
         method: full, lora or qlora.
@@ -86,7 +88,7 @@ def recommend(
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise UsageError(f"{name} must be 1 or more, got {value}")
-    profile, model_facts = _described(model_or_id)
+    profile, model_facts, note = _described(model_or_id)
     known = device if isinstance(device, DeviceProfile) else _device_profile(device)
     plan = recommend_plan(profile, known, mode=step, batch_size=batch_size, seq_len=seq_len, method=way, max_drop=limit)
     facts = unit_facts(profile)
@@ -98,6 +100,7 @@ def recommend(
         base_choice(here).reason,
         tf32_choice(here)[1],
         *around_the_plan(plan, facts, known, memory, way, here.tokens, checkpointing),
+        *([note] if note else []),
     )
     arguments = training_arguments(
         plan,
@@ -173,22 +176,32 @@ def _choice(kind: type[T], value: str, what: str) -> T:
         raise UsageError(f"'{value}' is no {what}; choose one of {', '.join(kind)}") from None
 
 
-def _described(model: nn.Module | ModelProfile | str) -> tuple[ModelProfile, ModelFacts | None]:
-    """Return the units of a model and the facts of its configuration; of a name only the configuration is read."""
+def _described(model: nn.Module | ModelProfile | str) -> tuple[ModelProfile, ModelFacts | None, str | None]:
+    """Return a model's units, the facts of its configuration, and what to know about them.
+
+    Of a name only the configuration is read.
+    """
     if isinstance(model, ModelProfile):
-        return model, None
-    from autoprec.probe.description import module_facts
-    from autoprec.probe.units import probe_units
+        return model, None, None
+    from autoprec.probe.description import module_facts, named_facts
 
     if isinstance(model, str):
-        from autoprec.probe.loading import load_skeleton
+        from autoprec.probe.described import described_model
 
-        skeleton = load_skeleton(model)
-        return probe_units(skeleton, model_id=model), module_facts(skeleton)
-    return probe_units(model), module_facts(model)
+        profile, note = described_model(model)
+        return profile, named_facts(model), note
+    from autoprec.probe.units import probe_units
+
+    return probe_units(model), module_facts(model), None
 
 
 def _device_profile(device: str) -> DeviceProfile:
+    """Return what is known of a device: a measured profile that is kept, a probe of what is here, or a datasheet."""
+    from autoprec.probe.known import certainly_absent, named_profile
+
+    known = named_profile(device)
+    if known is not None and (known.origin is Origin.MEASURED or certainly_absent(known)):
+        return known
     from autoprec.probe.device import probe_device
 
     return probe_device(device, seconds=_PROBE_SECONDS)

@@ -15,9 +15,9 @@ from autoprec.report.layout import Column, print_heading, print_line, print_tabl
 __all__ = ["print_device", "print_units"]
 
 
-def print_device(console: Console, profile: DeviceProfile) -> None:
+def print_device(console: Console, profile: DeviceProfile, *, here: bool = True) -> None:
     """Print what a device computes in: layout, support with its reason, measured rates, bandwidth, instructions."""
-    print_heading(console, f"Device {profile.name}", _device_facts(profile))
+    print_heading(console, f"Device {profile.name}", _device_facts(profile, here))
     sizes = sorted({r.size for r in profile.gemm_rates})
     rates = {(r.format, r.size): r for r in profile.gemm_rates}
     columns: list[Column] = [("format", "left"), ("bits", "left"), ("support", "left")]
@@ -40,8 +40,10 @@ def print_device(console: Console, profile: DeviceProfile) -> None:
         print_line(console, line)
 
 
-def _device_facts(profile: DeviceProfile) -> str:
-    source = {Origin.MEASURED: "measured here"}.get(profile.origin, f"not here: {profile.origin}")
+def _device_facts(profile: DeviceProfile, here: bool) -> str:
+    source = f"measured{' here' if here else ' before, not here'}"
+    if profile.origin is not Origin.MEASURED:
+        source = f"not here: {profile.origin}"
     facts = [profile.kind, source, profile.architecture or ""]
     if profile.compute_capability:
         facts.append("capability {}.{}".format(*profile.compute_capability))
