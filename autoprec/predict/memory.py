@@ -186,11 +186,9 @@ def simple_count(parameters: int, setup: Setup) -> int:
 
 
 def _trained(shape: Shape) -> int:
-    units = shape.profile.units
-    inside = sum(shape.own_parameters(unit) for unit in units)
     if shape.full:
         return shape.profile.parameters if shape.setup.trains else 0
-    return sum(shape.trained(unit, inside) for unit in units)
+    return sum(shape.trained(unit, 0) for unit in shape.profile.units)
 
 
 def _units(shape: Shape, ops: Sequence[Op], setup: Setup) -> tuple[UnitMemory, ...]:
@@ -198,17 +196,12 @@ def _units(shape: Shape, ops: Sequence[Op], setup: Setup) -> tuple[UnitMemory, .
     rows, placed = [], 0
     states = states_of(setup.policy if shape.full else StatePolicy.FP32, setup.optimizer)
     for unit in shape.profile.units:
-        own = [op for op in ops if op.unit == unit.name]
-        count = shape.own_parameters(unit)
+        leaves = shape.own_leaves(unit)
+        count = sum(leaf.parameters for leaf in leaves)
         placed += count
-        stored = 0.0
-        for module in unit.modules:
-            leaf = shape.leaves.get(module)
-            if leaf is not None and count:
-                stored += shape.weight_bytes(leaf, leaf.parameters, unit.role)
-        rows.append(
-            _row(unit.name, stored if count else 0.0, shape.trained(unit, count), states, own, setup, shape.full)
-        )
+        stored = sum(shape.weight_bytes(leaf, leaf.parameters, unit.role) for leaf in leaves)
+        own = [op for op in ops if op.unit == unit.name]
+        rows.append(_row(unit.name, stored, shape.trained(unit, count), states, own, setup, shape.full))
     rest = max(0, shape.profile.parameters - placed)
     stored = shape.weight_bytes(None, rest, None)
     rows.append(_row("outside units", stored, shape.trained(None, rest), states, [], setup, shape.full))

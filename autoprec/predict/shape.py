@@ -47,7 +47,9 @@ class Shape:
         self.formats = plan.assignment
         self.full = setup.method is TrainMethod.FULL
         self.gradient_width = 2 if self.full and setup.policy is not StatePolicy.FP32 else FP32_BYTES
-        self.shared = {m: group[0] for group in profile.tied for m in group}
+        order = {module: index for index, unit in enumerate(profile.units) for module in unit.modules}
+        #: leaves that share a storage, in the order they run
+        self.shared = {m: sorted(g, key=lambda name: order.get(name, -1)) for g in profile.tied for m in g}
 
     @cached_property
     def hidden(self) -> int:
@@ -140,12 +142,9 @@ class Shape:
             return rank * (2 * leaf.inputs + leaf.outputs - key)
         return rank * (leaf.inputs + leaf.outputs) if leaf in (leaves[0], leaves[2]) else 0
 
-    def own_parameters(self, unit: Unit) -> int:
-        """Return the parameters of a unit, a shared storage counted where it comes first."""
-        first = {group[0] for group in self.profile.tied}
-        return sum(
-            self.leaves[m].parameters for m in unit.modules if m in self.leaves and (m not in self.shared or m in first)
-        )
+    def own_leaves(self, unit: Unit) -> list[Leaf]:
+        """Return the leaves of a unit whose storage is its own; a shared one is where it is used first."""
+        return [self.leaves[m] for m in unit.modules if m in self.leaves and self.shared.get(m, [m])[0] == m]
 
     def place(self, unit: Unit) -> Place:
         """Return where the operations of a unit stand."""
@@ -178,10 +177,7 @@ class Shape:
 
     def fresh_parameters(self, leaf: Leaf) -> int:
         """Return a leaf's parameters, or 0 where a leaf that runs its backward earlier has the storage's gradient."""
-        if leaf.module not in self.shared:
-            return leaf.parameters
-        group = next(g for g in self.profile.tied if leaf.module in g)
-        return leaf.parameters if leaf.module == group[-1] else 0
+        return leaf.parameters if self.shared.get(leaf.module, [leaf.module])[-1] == leaf.module else 0
 
     def heads(self, q_width: int) -> int:
         """Return the query heads of a projection of some width."""
