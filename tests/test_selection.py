@@ -38,8 +38,9 @@ def test_a_selection_is_unbiased_and_holds_what_matters() -> None:
         chosen = select(batches, reads, 24, seed)
         assert sum(len(s) for s in chosen.stands_for) in (23, 24, 25)
         sums.append(estimate(chosen, values))
-        ones = Selection(tuple(batches), tuple(np.ones(8) for _ in batches))
-        even.append(estimate(thinned(ones, 24, seed), values))
+        even.append(estimate(thinned(batches, [np.ones(8) for _ in batches], 24, seed), values))
+        drawn = [int(x) for batch in chosen.batches if isinstance(batch, dict) for x in batch["x"]]
+        assert drawn == chosen.examples.tolist()
     for found in (sums, even):
         # five standard errors of the mean of 400 draws
         assert np.mean(found) == pytest.approx(values.sum(), abs=5 * float(np.std(found)) / 20)
@@ -50,7 +51,7 @@ def test_a_thinned_selection_stands_for_all_of_it() -> None:
     batches, reads = batches_and_reads()
     chosen = select(batches, reads, 40, 0)
     whole = sum(float(s.sum()) for s in chosen.stands_for)
-    thin = [thinned(chosen, 10, seed) for seed in range(200)]
+    thin = [thinned(chosen.batches, chosen.stands_for, 10, seed) for seed in range(200)]
     assert all(sum(len(s) for s in t.stands_for) in (10, 11) for t in thin)
     sums = [sum(float(s.sum()) for s in t.stands_for) for t in thin]
     assert np.mean(sums) == pytest.approx(whole, abs=5 * float(np.std(sums)) / len(sums) ** 0.5)

@@ -17,6 +17,7 @@ from autoprec.probe.directions import divergence_slope, draw_direction, second_o
 from autoprec.probe.estimation import Scores
 from autoprec.probe.readout import Readout, ReadoutKind
 from autoprec.probe.replay import Effects, Key, Replayer
+from autoprec.probe.scales import BatchScales
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
 from autoprec.runtime.identity import canonical_modules
@@ -37,6 +38,8 @@ class Tally:
     weights: dict[int, Array] = field(default_factory=dict)
     #: what an example of a batch stands for, where not all are replayed
     stands_for: dict[int, Array] = field(default_factory=dict)
+    #: of batches that are not as given, what FP8 scales their examples by
+    scales: dict[int, BatchScales] = field(default_factory=dict)
     #: loss and entropy of the reference
     comparisons: dict[int, Comparison] = field(default_factory=dict)
     draws: dict[int, int] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class Tally:
             batch,
             formats,
             lambda read: _checked_direction(read, workload, batch, index, seed + index, number),
+            scales=self.scales.get(index, BatchScales()),
         )
         self.kind, self.factor, self.spread = read.kind, second_order_factor(read.kind), spread_of_squares(read)
         if number == 0:
@@ -80,7 +84,13 @@ class Tally:
         batch = workload.batches[index]
         with torch.no_grad():
             reference = workload.readout(batch, workload.forward(batch)).predictions
-        effects, _ = replayer.run(batch, [choice], lambda read: divergence_slope(reference, read), anchor=choice)
+        effects, _ = replayer.run(
+            batch,
+            [choice],
+            lambda read: divergence_slope(reference, read),
+            anchor=choice,
+            scales=self.scales.get(index, BatchScales()),
+        )
         self._note(effects, index)
         for key, whole in effects.wholes.items():
             times = self.stands_for.get(index, np.ones(len(whole)))

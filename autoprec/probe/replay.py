@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from autoprec.formats import Format
 from autoprec.probe.batches import Batch
 from autoprec.probe.readout import Readout
+from autoprec.probe.scales import BatchScales
 from autoprec.probe.sites import Site, in_format
 from autoprec.probe.workload import Workload
 from autoprec.runtime.switches import FAST_ATTENTION_OFF
@@ -35,6 +36,8 @@ __all__ = ["Effects", "Key", "Replayer", "floats", "frozen", "repeatable"]
 
 #: replayed as it ran, a site must give its own result again, up to the order of parallel sums
 _SAME = 1e-5
+#: a batch as given
+_OWN = BatchScales()
 
 Key = tuple[str, Format]
 
@@ -61,13 +64,17 @@ class Effects:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """One call of a site: its inputs, its float results, and the versions of both as they were."""
+    """One call of a site: its inputs, its float results, and the versions of both as they were.
+
+    `inside`: what modules that stay as they ran gave in this call, by path.
+    """
 
     site: Site
     args: Any
     kwargs: Any
     results: list[Tensor]
     versions: list[tuple[Tensor, int]]
+    inside: Mapping[str, list[Any]]
 
     def written(self) -> bool:
         return any(tensor._version != version for tensor, version in self.versions)
@@ -84,6 +91,7 @@ class Replayer:
         self._sums: dict[Key, dict[tuple[int, ...], Tensor]] = {}  # by shape of what a layer gives
         self._waiting: list[RemovableHandle] = []
         self._replaying = False
+        self._scales = _OWN
 
     def run(
         self,
@@ -93,6 +101,7 @@ class Replayer:
         *,
         anchor: Format | None = None,
         check: bool = False,
+        scales: BatchScales = _OWN,
     ) -> tuple[Effects, Readout]:
         """Return what `formats` do to the direction at the output of one batch, and that output.
 
@@ -100,7 +109,9 @@ class Replayer:
             direction: from the readout to a gradient of the predictions' shape; may raise.
             anchor: the format whose errors are added at every unit; None: the reference itself.
             check: replay every site as it ran, too, and name those that do not give the same.
+            scales: where the examples come from.
         """
+        self._scales = scales
         try:
             while True:
                 effects, calls, read = self._forward(batch, formats, anchor, check)
@@ -129,24 +140,37 @@ class Replayer:
     ) -> tuple[Effects, list[_Call], Readout]:
         effects, calls = Effects(), list[_Call]()
         self._sums = {}
+        gave: dict[str, list[Any]] = {path: [] for site in self.sites for path in site.kept}
+        begun: dict[str, dict[str, int]] = {}  # how often each had given, when the call of a site began
+
+        def enter(site: Site) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any) -> None:
+                if not self._replaying:
+                    begun[site.path] = {path: len(gave[path]) for path in site.kept}
+
+            return hook
 
         def tap(site: Site) -> Callable[..., Any]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
                 if self._replaying:
                     return None
                 effects.ran.add(site.unit)
-                call = self._tapped(site, args, kwargs, output)
+                inside = {path: gave[path][begun[site.path][path] :] for path in site.kept}
+                call = self._tapped(site, args, kwargs, output, inside)
                 calls.append(call)
-                if not call.results:
-                    return None
-                sources, output = _sources(output)
-                arrived = partial(self._arrived, effects, call, formats=formats, check=check)
-                self._waiting.append(register_multi_grad_hook(sources, arrived, mode="all"))
-                return self._shifted(call, output, anchor)
+                if call.results:
+                    sources, output = _sources(output)
+                    arrived = partial(self._arrived, effects, call, formats=formats, check=check)
+                    self._waiting.append(register_multi_grad_hook(sources, arrived, mode="all"))
+                    output = self._shifted(call, output, anchor)
+                if site.path in gave:
+                    gave[site.path].append(tree_map(self._keeper(site, call.versions), output))
+                return output
 
             return hook
 
         handles = [site.module.register_forward_hook(tap(site), with_kwargs=True) for site in self.sites]
+        handles += [site.module.register_forward_pre_hook(enter(site)) for site in self.sites if site.kept]
         try:
             with torch.enable_grad():
                 raw = self.workload.forward(batch)
@@ -155,9 +179,16 @@ class Replayer:
             for handle in handles:
                 handle.remove()
 
-    def _tapped(self, site: Site, args: Any, kwargs: Any, output: Any) -> _Call:
-        copy = site.path in self._copied
+    def _tapped(self, site: Site, args: Any, kwargs: Any, output: Any, inside: Mapping[str, list[Any]]) -> _Call:
         held: list[tuple[Tensor, int]] = []
+        keep = self._keeper(site, held)
+        kept_args, kept_kwargs = tree_map(keep, args), tree_map(keep, kwargs)
+        results = [keep(value) for value in floats(output)]
+        return _Call(site, kept_args, kept_kwargs, results, held, inside)
+
+    def _keeper(self, site: Site, held: list[tuple[Tensor, int]]) -> Callable[[Any], Any]:
+        """Return what cuts a value from the graph and notes its version in `held`, or copies it."""
+        copy = site.path in self._copied
 
         def keep(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -167,9 +198,7 @@ class Replayer:
             held.append((value, value._version))
             return value.detach()
 
-        kept_args, kept_kwargs = tree_map(keep, args), tree_map(keep, kwargs)
-        results = [keep(value) for value in floats(output)]
-        return _Call(site, kept_args, kept_kwargs, results, held)
+        return keep
 
     def _shifted(self, call: _Call, output: Any, anchor: Format | None) -> Any:
         """Return the output with the anchor's error added, which no gradient sees."""
@@ -185,13 +214,32 @@ class Replayer:
     def _replay(self, call: _Call, choice: Format | None) -> list[Tensor]:
         """Run a site again on what went in, in a format, or as it ran (None); return its float results in FP32."""
         self._replaying = True
-        around = in_format(call.site, choice, self.modules, self.ambient) if choice else contextlib.nullcontext()
+        around = (
+            in_format(call.site, choice, self.modules, self.ambient, self._scales.of)
+            if choice
+            else contextlib.nullcontext()
+        )
         try:
-            with torch.no_grad(), around:
+            with torch.no_grad(), around, self._standing(call.inside):
                 output = call.site.module(*call.args, **call.kwargs)
         finally:
             self._replaying = False
         return [value.float() for value in floats(output)]
+
+    @contextlib.contextmanager
+    def _standing(self, inside: Mapping[str, list[Any]]) -> Iterator[None]:
+        """Let modules give again, call by call, what they gave, without running."""
+        own = {path: vars(self.modules[path]).get("forward") for path in inside}
+        for path, given in inside.items():
+            vars(self.modules[path])["forward"] = partial(_next_of, iter(given))
+        try:
+            yield
+        finally:
+            for path, forward in own.items():
+                if forward is None:
+                    del vars(self.modules[path])["forward"]
+                else:
+                    vars(self.modules[path])["forward"] = forward
 
     def _arrived(
         self, effects: Effects, call: _Call, grads: Sequence[Tensor | None], formats: Sequence[Format], check: bool
@@ -216,6 +264,10 @@ class Replayer:
                     effects.lost.add((unit, choice))
                 shape = tuple(effect.shape)
                 sums[shape] = sums[shape] + effect if shape in sums else effect
+
+
+def _next_of(given: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+    return next(given)
 
 
 def _is_float(value: Any) -> bool:

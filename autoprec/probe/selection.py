@@ -29,10 +29,14 @@ _EVEN = 0.1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """Batches of the examples drawn, and for each of them what its examples stand for (one over their chance)."""
+    """Batches of the examples drawn, and for each of them what its examples stand for (one over their chance).
+
+    `examples` numbers those drawn among all that they were drawn from.
+    """
 
     batches: tuple[Batch, ...]
     stands_for: tuple[Array, ...]
+    examples: npt.NDArray[np.intp]
 
 
 def has_one_output(read: Readout) -> bool:
@@ -45,28 +49,29 @@ def select(batches: Sequence[Batch], reads: Sequence[Readout], count: int, seed:
     """Draw `count` examples, each batch's in its order; batches of which none is drawn are left out."""
     bends = [curvature(read).sum(dim=1).double().cpu().numpy() for read in reads]
     chances = np.split(_chances(np.concatenate(bends), count), np.cumsum([len(b) for b in bends])[:-1])
-    return _drawn(Selection(tuple(batches), tuple(np.ones(len(b)) for b in bends)), chances, seed)
+    return _drawn(batches, [np.ones(len(bend)) for bend in bends], chances, seed)
 
 
-def thinned(selection: Selection, count: int, seed: int) -> Selection:
-    """Draw `count` of the examples of a selection, all with one chance; those left stand for the others, too."""
-    total = sum(len(stands_for) for stands_for in selection.stands_for)
-    chance = min(count / total, 1.0)
-    return _drawn(selection, [np.full(len(s), chance) for s in selection.stands_for], seed)
+def thinned(batches: Sequence[Batch], stands_for: Sequence[Array], count: int, seed: int) -> Selection:
+    """Draw `count` of the examples, all with one chance; those left stand for the others, too."""
+    chance = min(count / sum(map(len, stands_for)), 1.0)
+    return _drawn(batches, stands_for, [np.full(len(s), chance) for s in stands_for], seed)
 
 
-def _drawn(selection: Selection, chances: Sequence[Array], seed: int) -> Selection:
+def _drawn(batches: Sequence[Batch], stands_for: Sequence[Array], chances: Sequence[Array], seed: int) -> Selection:
     """Draw systematically: an example is drawn where the running sum of chances passes the next whole number."""
     generator = np.random.default_rng(seed)
     found: list[tuple[Any, Array]] = []
+    kept: list[npt.NDArray[np.bool_]] = []
     start = float(generator.random())
-    for batch, stands_for, chance in zip(selection.batches, selection.stands_for, chances, strict=True):
+    for batch, stands, chance in zip(batches, stands_for, chances, strict=True):
         reached = start + np.cumsum(chance)
         drawn = np.floor(reached + 1e-9) > np.floor(np.concatenate([[start], reached[:-1]]) + 1e-9)
         start = float(reached[-1])
         if drawn.any():
-            found.append((picked(batch, torch.from_numpy(np.flatnonzero(drawn))), stands_for[drawn] / chance[drawn]))
-    return Selection(tuple(b for b, _ in found), tuple(s for _, s in found))
+            found.append((picked(batch, torch.from_numpy(np.flatnonzero(drawn))), stands[drawn] / chance[drawn]))
+        kept.append(drawn)
+    return Selection(tuple(b for b, _ in found), tuple(s for _, s in found), np.flatnonzero(np.concatenate(kept)))
 
 
 def _chances(bends: Array, count: int) -> Array:

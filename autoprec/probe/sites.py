@@ -9,7 +9,7 @@ layers are sites of their own, and show only what each does to its own result.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from autoprec.formats import Format, layout
 from autoprec.plan import Plan, PlanUnit
 from autoprec.records import ModelProfile, Role
 from autoprec.runtime.emulate import torch_dtype
+from autoprec.runtime.fp8 import KeptScale
 from autoprec.runtime.layout import Swap, common_path, holders, swaps_of_units
 from autoprec.runtime.scope import enter_scope, leave_scope
 
@@ -31,13 +32,17 @@ _MOST_IN_BLOCK = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A module whose output carries a unit's error; `swaps` are by format. `whole`: it holds all of its unit."""
+    """A module whose output carries a unit's error; `swaps` are by format. `whole`: it holds all of its unit.
+
+    `kept`: modules within it that are sites of other units; what they gave stands while this one is replayed.
+    """
 
     unit: str
     path: str
     module: nn.Module
     whole: bool
     swaps: Mapping[Format, tuple[Swap, ...]]
+    kept: tuple[str, ...] = ()
 
 
 def find_sites(
@@ -80,8 +85,15 @@ def find_sites(
                 for f in formats
                 if f in given.formats and f is not Format.FP32
             }
-            sites.append(Site(unit.name, path, modules[path], whole, swaps))
+            others = {p: u for p, u in near.items() if u.name != unit.name and paths.get(u.name) == p}
+            kept = tuple(p for p in others if _within(p, path)) if whole else ()
+            sites.append(Site(unit.name, path, modules[path], whole, swaps, kept))
     return sites
+
+
+def _within(path: str, other: str) -> bool:
+    """Say whether a module lies in another one."""
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _below(plan: Plan, containers: Collection[str]) -> dict[str, list[PlanUnit]]:
@@ -136,15 +148,24 @@ def _swaps(
 
 
 @contextmanager
-def in_format(site: Site, choice: Format, modules: Mapping[str, nn.Module], ambient: Format) -> Iterator[None]:
-    """Run a block with a site's unit in a format, all else in the site in FP32, and the ambient format around it."""
+def in_format(
+    site: Site,
+    choice: Format,
+    modules: Mapping[str, nn.Module],
+    ambient: Format,
+    kept: Callable[[str], KeptScale | None] = lambda leaf: None,
+) -> Iterator[None]:
+    """Run a block with a site's unit in a format, all else in the site in FP32, and the ambient format around it.
+
+    `kept`: what a leaf scales by in FP8; None for what goes into it.
+    """
     device = next(p.device.type for module in (site.module, *modules.values()) for p in module.parameters())
     entered: list[nn.Module] = []
     # the cache of casts is keyed by weight alone, and a weight is replayed in several formats
     with torch.autocast(device, dtype=torch_dtype(layout(ambient)), cache_enabled=False):
         try:
             for swap in site.swaps.get(choice, ()):
-                enter_scope(modules[swap.module], swap.kind, name=swap.module, **swap.settings)
+                enter_scope(modules[swap.module], swap.kind, name=swap.module, kept=kept(swap.module), **swap.settings)
                 entered.append(modules[swap.module])
             yield
         finally:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -26,6 +27,7 @@ from autoprec.probe.pairs import one_example
 from autoprec.probe.passes import Tally, check_finite, first_bad_unit
 from autoprec.probe.readout import Readout
 from autoprec.probe.replay import Replayer
+from autoprec.probe.scales import batch_scales, largest_inputs
 from autoprec.probe.selection import Selection, has_one_output, select, thinned
 from autoprec.probe.sites import Site, find_sites
 from autoprec.probe.workload import Workload
@@ -44,13 +46,16 @@ _SWEEPS, _FEW_UNITS, _SHARE = 4.0, 24, 0.12
 _PASSES, _ALL, _ANCHOR = 0.85, 0.98, 0.1
 #: floating-point operations of a forward below which batches are put together
 _SMALL_WORK = 2e9
-#: in forwards: a pass without replays, and a replay in one format (MiniLM, of which most is replayed in blocks: 2.0 to
-#: 2.5, and 1.3 to 2.1 as the mean of bf16 and an emulated format)
-_GRADIENT, _REPLAY = 2.5, 1.5
-#: a forward with one unit in another format over the plain one
-_WITH_CASTS = 1.2
+#: in forwards: a pass without replays, and a replay in one format (MiniLM: 2.1 to 2.8, and 0.8 to 1.1 as the mean of
+#: bf16 and an emulated format)
+_GRADIENT, _REPLAY = 2.5, 1.0
+#: a forward with one unit in another format over the plain one; and from what share of it on what is done around it
+#: is not small
+_WITH_CASTS, _MUCH_AROUND = 1.05, 0.1
 #: relative standard error of a typical unit below which no further pass is made
 _ENOUGH = 0.04
+#: examples chosen are thinned where time is short by more than a slack, once a telling share of them was replayed
+_TELLING, _SLACK = 0.2, 1.1
 #: of a classifier: below this a selection says too little
 _FEWEST_EXAMPLES = 48
 _NOTHING_COUNTS = "no position counts: every label is -100 or masked. Give batches with labels to predict."
@@ -85,6 +90,11 @@ class Survey:
     step_seconds: float = 0.0  #: a forward of a batch as given
     steps: int = 0  #: batches as given
     _around: float = 0.0  #: seconds of putting a plan on and of comparing, a batch
+    _rows_given: list[int] = field(default_factory=list)  #: examples of each batch as given
+    _largest: list[dict[str, torch.Tensor]] = field(default_factory=list)  #: what went into layers, by batch
+    _examples: npt.NDArray[np.intp] = field(
+        default_factory=lambda: np.empty(0, dtype=np.intp)
+    )  #: numbers of those chosen
     #: by unit, of the first batch
     activation_max: dict[str, float] = field(default_factory=dict)
     #: whether an example has one output and can be replayed without the others of its batch
@@ -141,8 +151,12 @@ class Survey:
             begun = time.monotonic()
             compare(read, read)
             with applied(self.workload.model, self.base.replace(self._one_low()), self.emulate):
-                around = time.monotonic() - begun
-        self.steps, self._around = len(self.workload.batches), around
+                self._around = time.monotonic() - begun
+                if self._around > _MUCH_AROUND * step:  # then its scopes, too, take time beside a forward
+                    self._reference(0)
+                    self._around = time.monotonic() - begun - step
+        self.steps = len(self.workload.batches)
+        self._rows_given = [batch_rows(batch) for batch in self.workload.batches]
         self._step_takes(step)
         self.one_output = has_one_output(read) and all(map(separable, self.workload.batches))
         least = self._replay_seconds(step)
@@ -195,7 +209,7 @@ class Survey:
             return
         begun = self.clock.elapsed
         with torch.no_grad():
-            reads = [self._reference(index) for index in range(len(batches))]
+            reads = [self._noted(index) for index in range(len(batches))]
         taken = self.clock.elapsed - begun
         if len(batches) == self.steps:  # not put together: then these are the forwards that measuring would take
             self._step_takes(taken / self.steps)
@@ -208,13 +222,27 @@ class Survey:
         chosen = select(batches, reads, fitting, self.seed)
         self.reference = [compare(read, read) for read in reads]
         self.workload = self.workload.with_batches(joined(chosen.batches, self._rows_together(chosen.batches)))
-        ends = np.cumsum([batch_rows(batch) for batch in self.workload.batches])
-        self.tally.stands_for |= dict(enumerate(np.split(np.concatenate(chosen.stands_for), ends[:-1])))
+        kept = len(chosen.examples)
         # each counts alike in the mean: what it stands for is in its effect
-        self.tally.weights |= {i: np.full(len(s), count / float(ends[-1])) for i, s in self.tally.stands_for.items()}
-        self.notes.append(
-            f"of {count} examples {ends[-1]} were chosen for replay, drawn by the curvature at their output"
-        )
+        self._examples = chosen.examples
+        self._note_selection(0, chosen, count / kept, chosen.examples)
+        self.notes.append(f"of {count} examples {kept} were chosen for replay, drawn by the curvature at their output")
+
+    def _noted(self, index: int) -> Readout:
+        """Run the reference and note what goes into layers that FP8 scales by their whole batch."""
+        with largest_inputs(self.sites, self.modules, batch_rows(self.workload.batches[index])) as found:
+            read = self._reference(index)
+        self._largest.append(found)
+        return read
+
+    def _note_selection(self, first: int, chosen: Selection, weight: float, examples: npt.NDArray[np.intp]) -> None:
+        """Note of the batches from the `first` on what their examples stand for, and which of all they are."""
+        rows = [batch_rows(batch) for batch in self.workload.batches[first:]]
+        scales = batch_scales(self._largest, self._rows_given, examples, rows)
+        self.tally.scales |= dict(enumerate(scales, first))
+        stands_for = np.split(np.concatenate(chosen.stands_for), np.cumsum(rows)[:-1])
+        self.tally.stands_for |= dict(enumerate(stands_for, first))
+        self.tally.weights |= {i: np.full(len(s), weight) for i, s in enumerate(stands_for, first)}
 
     def _replay_seconds(self, forward: float) -> float:
         """Return about what a pass takes: a forward, a backward, a replay in each format, emulated ones at twice that.
@@ -228,22 +256,33 @@ class Survey:
 
         Returns the batches replayed.
         """
-        batches, tally, rest = self.workload.batches, self.tally, list(order[1:])
-        rows = sum(batch_rows(batches[i]) for i in rest)
-        each = max(first, 1e-9) / batch_rows(batches[order[0]])  # a clock may be coarse
-        fitting = max(int((_ALL * self.clock.allowed - self.clock.elapsed) / each), 1)
-        if fitting < rows:
-            left = Selection(tuple(batches[i] for i in rest), tuple(tally.stands_for[i] for i in rest))
-            fewer, weight = thinned(left, fitting, self.seed), sum(tally.weights[i].sum() for i in rest)
-            rest = [len(batches) + i for i in range(len(fewer.batches))]
-            kept = sum(len(s) for s in fewer.stands_for)
-            self.workload = self.workload.with_batches((*batches, *fewer.batches))
-            tally.stands_for |= dict(zip(rest, fewer.stands_for, strict=True))
-            tally.weights |= {i: np.full(len(tally.stands_for[i]), float(weight) / kept) for i in rest}
-        for index in rest:
-            tally.draw(replayer, self.workload, index, self.formats, self.seed)
-        self._say(f"{tally.passes} passes made")
-        return [order[0], *rest]
+        done, rest = [order[0]], sorted(order[1:])
+        total, taken, spent = len(self._examples), self._rows(done), max(first, 1e-9)  # a clock may be coarse
+        thin = False
+        while rest:
+            fitting = int((_ALL * self.clock.allowed - self.clock.elapsed) * taken / spent)
+            if not thin and taken > _TELLING * total and fitting * _SLACK < self._rows(rest):
+                rest, thin = self._thinned(rest, max(fitting, 1)), True
+            begun, index = self.clock.elapsed, rest.pop(0)
+            self.tally.draw(replayer, self.workload, index, self.formats, self.seed)
+            taken, spent = taken + self._rows([index]), spent + self.clock.elapsed - begun
+            done.append(index)
+        self._say(f"{self.tally.passes} passes made")
+        return done
+
+    def _thinned(self, rest: Sequence[int], count: int) -> list[int]:
+        """Draw some examples of batches that were chosen, and return the batches of those."""
+        batches, tally = self.workload.batches, self.tally
+        fewer = thinned([batches[i] for i in rest], [tally.stands_for[i] for i in rest], count, self.seed)
+        ends = np.cumsum([batch_rows(batch) for batch in batches])[:-1]
+        examples = np.concatenate([np.split(self._examples, ends)[i] for i in rest])[fewer.examples]
+        weight = tally.weight(rest) / len(examples)
+        self.workload = self.workload.with_batches((*batches, *fewer.batches))
+        self._note_selection(len(batches), fewer, weight, examples)
+        return list(range(len(batches), len(self.workload.batches)))
+
+    def _rows(self, indices: Sequence[int]) -> int:
+        return sum(batch_rows(self.workload.batches[i]) for i in indices)
 
     def _rows_together(self, batches: Sequence[Batch]) -> int:
         work = 2 * self.profile.parameters * max(self.workload.tokens(batches[0]), 1)
@@ -269,6 +308,8 @@ class Survey:
         )
         if alike:
             self.workload = self.workload.with_batches(together)
+            rows, every = [batch_rows(batch) for batch in together], np.arange(sum(self._rows_given))
+            self.tally.scales |= dict(enumerate(batch_scales([], self._rows_given, every, rows)))
 
     def _find_sites(self) -> Replayer:
         """Find the sites and replay each as it ran, on one example; what keeps state is taken apart, or left out."""

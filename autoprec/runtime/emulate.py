@@ -66,7 +66,12 @@ def _round_tf32(values: Tensor) -> Tensor:
 
 
 def fp8_quantize(
-    values: Tensor, layout: NumberFormat, *, reduce_dim: int | None = None, power_of_two: bool = False
+    values: Tensor,
+    layout: NumberFormat,
+    *,
+    reduce_dim: int | None = None,
+    power_of_two: bool = False,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and round `values` to an FP8 layout.
 
@@ -74,12 +79,14 @@ def fp8_quantize(
         values: any floating dtype; computed in FP32.
         reduce_dim: dimension of the coming matmul's sum, for one scale a row; None for one scale a tensor.
         power_of_two: round the scale down to a power of two, so that scaling itself loses nothing.
+        amax: the largest magnitudes to scale by, of a shape that broadcasts; None: those of the values.
 
     Returns:
         the rounded scaled values in FP32, and the scale in FP32: values ≈ rounded / scale.
     """
     wide = values.float()
-    amax = _largest(wide) if reduce_dim is None else wide.abs().amax(dim=reduce_dim, keepdim=True)
+    if amax is None:
+        amax = _largest(wide) if reduce_dim is None else wide.abs().amax(dim=reduce_dim, keepdim=True)
     scale = (layout.max / amax.double().clamp(min=_AMAX_FLOOR)).float()
     if power_of_two:
         scale = torch.exp2(torch.floor(torch.log2(scale)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from autoprec.formats import Format, Fp8Family, Fp8Recipe, NumberFormat, layout
 from autoprec.runtime.emulate import fp8_quantize
 
-__all__ = ["fp8_emulated_matmul", "fp8_grouped_matmul", "fp8_matmul", "fp8_missing"]
+__all__ = ["KeptScale", "fp8_emulated_matmul", "fp8_grouped_matmul", "fp8_matmul", "fp8_missing"]
 
 #: tensor cores take FP8 operands in groups of 16 bytes
 _ALIGNMENT = 16
@@ -80,14 +81,16 @@ class _EmulatedMatmul(torch.autograd.Function):
     """FP8's rounding in FP32 arithmetic of x [n, in]; call with autocast off."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family: Fp8Family) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family: Fp8Family, amax: Tensor | None = None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight_io)
         ctx.recipe, ctx.family = recipe, family
         values = layout(Format.FP8, family=family, recipe=recipe)
-        return _product(x, weight_io, values, values, recipe).to(x.dtype)
+        return _product(x, weight_io, values, values, recipe, amax).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight_io = ctx.saved_tensors
         recipe, family = ctx.recipe, ctx.family
         values = layout(Format.FP8, family=family, recipe=recipe)
@@ -99,24 +102,60 @@ class _EmulatedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # rounded to the dtype of the layer's result first, as the kernel's output is, then held as the weight is
             grad_w = _product(x.t(), grad, values, gradients, recipe).to(grad.dtype).to(weight_io.dtype)
-        return grad_x, grad_w, None, None
+        return grad_x, grad_w, None, None, None
 
 
-def _product(a: Tensor, b: Tensor, of_a: NumberFormat, of_b: NumberFormat, recipe: Fp8Recipe) -> Tensor:
-    """Return a[m, k] @ b[k, n] with both rounded to FP8, summed in FP32 and unscaled."""
+def _product(
+    a: Tensor, b: Tensor, of_a: NumberFormat, of_b: NumberFormat, recipe: Fp8Recipe, amax: Tensor | None = None
+) -> Tensor:
+    """Return a[m, k] @ b[k, n], both rounded to FP8, summed in FP32 and unscaled; `amax` as in `fp8_quantize`."""
     rows = recipe is Fp8Recipe.ROWWISE
-    a8, a_scale = fp8_quantize(a, of_a, reduce_dim=1 if rows else None, power_of_two=rows)
+    a8, a_scale = fp8_quantize(a, of_a, reduce_dim=1 if rows else None, power_of_two=rows, amax=amax)
     b8, b_scale = fp8_quantize(b, of_b, reduce_dim=0 if rows else None, power_of_two=rows)
     return (a8 @ b8) / (a_scale * b_scale)
 
 
-def fp8_emulated_matmul(x: Tensor, weight_io: Tensor, recipe: Fp8Recipe, family: Fp8Family = Fp8Family.OCP) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptScale:
+    """What rows are scaled by that are not together with all those, or only those, of their batch.
+
+    `parts`: rows from each batch, in their order. Where rows are missing: `largest` magnitudes [rows] as they went in,
+    and those `of_batch` that each row was in.
+    """
+
+    parts: tuple[int, ...]
+    largest: Tensor | None = None
+    of_batch: Tensor | None = None
+
+    def amax(self, x: Tensor) -> Tensor | None:
+        """Return the largest magnitude that each row of x [rows, ...] is scaled by; None: that of x.
+
+        Inside a unit x is not what went in without FP8, and its largest values are not known of rows that are missing.
+        """
+        if sum(self.parts) != len(x):
+            return None
+        largest = torch.linalg.vector_norm(x.reshape(len(x), -1), float("inf"), dim=1)
+        if self.largest is not None and self.of_batch is not None and torch.equal(largest, self.largest.to(x.dtype)):
+            return self.of_batch.to(x.dtype)
+        return torch.cat([part.max().expand(len(part)) for part in largest.split(self.parts)])
+
+
+def fp8_emulated_matmul(
+    x: Tensor,
+    weight_io: Tensor,
+    recipe: Fp8Recipe,
+    family: Fp8Family = Fp8Family.OCP,
+    kept: KeptScale | None = None,
+) -> Tensor:
     """Return `x @ weight_io` with FP8's rounding forward and backward, in FP32 arithmetic.
 
-    Shapes as in `fp8_matmul`. Its speed says nothing about FP8.
+    Shapes as in `fp8_matmul`; `kept` is for one scale a tensor, forward. Its speed says nothing about FP8.
     """
+    amax = kept.amax(x) if kept is not None and recipe is Fp8Recipe.TENSORWISE else None
     flat = x.reshape(-1, x.shape[-1])
-    result: Tensor = _EmulatedMatmul.apply(flat, weight_io, recipe, family)  # type: ignore[no-untyped-call]
+    if amax is not None:
+        amax = amax.repeat_interleave(len(flat) // len(x))[:, None]
+    result: Tensor = _EmulatedMatmul.apply(flat, weight_io, recipe, family, amax)  # type: ignore[no-untyped-call]
     return result.reshape(*x.shape[:-1], -1)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprec.formats import Fp8Family, Fp8Recipe
-from autoprec.runtime.fp8 import fp8_emulated_matmul, fp8_grouped_matmul, fp8_matmul
+from autoprec.runtime.fp8 import KeptScale, fp8_emulated_matmul, fp8_grouped_matmul, fp8_matmul
 from autoprec.runtime.integrity import check_once
 from autoprec.runtime.products import CastProducts, Grouped, Product, fp8_attention
 
@@ -178,7 +178,9 @@ class LookupScope(Scope):
 
 
 def enter_scope(
-    module: nn.Module, kind: type[Scope], **settings: torch.dtype | Fp8Recipe | Fp8Family | bool | str | None
+    module: nn.Module,
+    kind: type[Scope],
+    **settings: torch.dtype | Fp8Recipe | Fp8Family | KeptScale | bool | str | None,
 ) -> None:
     """Swap `module.__class__` for its `kind` of scope with the given settings."""
     for name, value in settings.items():
@@ -252,7 +254,8 @@ def _fp8_product(module: Any) -> Product:
     def product(x: Tensor, weight_io: Tensor) -> Tensor:
         with _autocast(x.device.type, None):
             if module._autoprec_emulate:
-                return fp8_emulated_matmul(x.to(dtype), weight_io, recipe, module._autoprec_family)
+                kept = getattr(module, "_autoprec_kept", None)
+                return fp8_emulated_matmul(x.to(dtype), weight_io, recipe, module._autoprec_family, kept)
             return fp8_matmul(x.to(dtype), weight_io, recipe)
 
     return product
