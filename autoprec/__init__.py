@@ -70,7 +70,13 @@ __all__ = [
 ]
 
 
+#: packages that are used by their own name, as in `autoprec.predict.memory_bytes`
+_PACKAGES = ("predict",)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"autoprec.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'autoprec' has no attribute '{name}'")
     value = getattr(import_module(_HOMES[name]), name)
@@ -79,7 +85,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})
 
 
 def _teach_plans() -> None:
@@ -94,4 +100,17 @@ def _teach_plans() -> None:
     set_profiler(profile)
 
 
+def _teach_predictions() -> None:
+    """Let `predict` take an nn.Module or a name: it is below the probes as well."""
+    from autoprec.predict.describing import set_describer
+
+    def describe(model: Any) -> Any:
+        from autoprec.probe.description import describe
+
+        return describe(model)
+
+    set_describer(describe)
+
+
 _teach_plans()
+_teach_predictions()

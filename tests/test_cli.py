@@ -364,6 +364,15 @@ def test_recommend_prints_and_writes_the_plan(here: Path) -> None:
     assert plan.grad_scaler is not None
 
 
+def test_recommend_shows_where_memory_goes(here: Path) -> None:
+    told = autoprec_run("recommend", "demo", "--device", "t4").stdout
+    for wanted in ("Memory", "fp32 weights under the plan", "predicted", "activations", "largest micro batch"):
+        assert wanted in told
+    assert "alternatives" not in told
+    told = autoprec_run("recommend", "demo", "--device", "t4", "--explain").stdout
+    assert "alternatives" in told and "simple count" in told
+
+
 def test_recommend_explains(here: Path) -> None:
     told = autoprec_run("recommend", "demo", "--device", "t4", "--explain").stdout
     for unit in Plan.load("plan.json").units:

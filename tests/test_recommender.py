@@ -294,10 +294,11 @@ def test_fp8_asks_for_compile_and_a_full_device_for_checkpointing() -> None:
     done = recommend(profile("llama"), "h100-sxm")
     assert done.training_arguments["torch_compile"] is True
     assert "activation_checkpointing" not in done.training_arguments
-    tight = recommend(profile("llama"), "a100-sxm-40gb")
-    assert tight.memory["share_of_device"] > 0.6
+    tight = recommend(profile("llama"), "h100-sxm", batch_size=40)
+    assert tight.memory["checkpointing"] == "full" and tight.memory["micro_batch"] == 40
     assert tight.training_arguments["activation_checkpointing"] is True
-    assert any("recompute activations" in reason for reason in tight.reasons)
+    assert any("recompute them" in reason for reason in tight.reasons)
+    assert recommend(profile("llama"), "h100-sxm", batch_size=32).memory["checkpointing"] == "none"
 
 
 def test_inference_has_no_training_arguments() -> None:
@@ -309,14 +310,18 @@ def test_inference_has_no_training_arguments() -> None:
 # memory and expectation
 
 
-def test_memory_of_full_training_counts_sixteen_bytes() -> None:
-    done = recommend(profile("llama"), "h100-sxm")
+def test_memory_of_full_training_and_the_simple_count() -> None:
+    memory = recommend(profile("llama"), "h100-sxm").memory
     count = profile("llama").parameters
-    assert done.memory["total_bytes"] == 16 * count
-    assert (done.memory["weights_bytes"], done.memory["optimizer_bytes"]) == (4 * count, 8 * count)
-    by = {a["bytes_per_parameter"]: a["total_bytes"] for a in done.memory["alternatives"]}
-    # the simple count of an 8B model: 128 GB in fp32, 96 GB with bf16 weights and gradients
+    assert memory["simple_count_bytes"] == 16 * count
+    assert (memory["weights_bytes"], memory["optimizer_bytes"]) == (4 * count, 8 * count)
+    by = {a["bytes_per_parameter"]: a["states_bytes"] for a in memory["alternatives"]}
+    # the simple count of an 8B model: 128 GB in fp32, 96 GB with 16-bit weights and gradients
     assert [by[b] * 8e9 / count for b in (16, 12)] == pytest.approx([128e9, 96e9])
+    assert memory["total_bytes"] == sum(memory["breakdown"].values()) > 16 * count
+    assert memory["origin"] == "predicted" and memory["leaves_out"]
+    cheaper = {a["policy"].split(",")[0]: a["total_bytes"] for a in memory["alternatives"]}
+    assert cheaper["bf16 throughout"] < cheaper["fp32"]
 
 
 def test_memory_of_adapters() -> None:
@@ -328,15 +333,31 @@ def test_memory_of_adapters() -> None:
     pairs = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
     adapters = 4 * 16 * sum(a + b for a, b in pairs)
     assert lora.memory["trained_parameters"] == qlora.memory["trained_parameters"] == adapters
-    assert lora.memory["total_bytes"] == 2 * profile("llama").parameters + 16 * adapters
+    count = profile("llama").parameters
+    assert lora.memory["weights_bytes"] == 2 * count + 4 * adapters
+    assert lora.memory["optimizer_bytes"] == 8 * adapters
     packed = 4 * sum(a * b for a, b in pairs)
-    rest = profile("llama").parameters - packed
-    assert qlora.memory["total_bytes"] == round(0.5 * packed) + 2 * rest + 16 * adapters
+    # NF4 with a scale of 4 bytes for 64 weights; what is rounded is each unit's sum
+    expected = 0.5625 * packed + 2 * (count - packed) + 4 * adapters
+    assert qlora.memory["weights_bytes"] == pytest.approx(expected, abs=20)
+    assert qlora.memory["alternatives"] == []
     assert any("load_in_4bit" in reason and "bfloat16" in reason for reason in qlora.reasons)
 
 
-def test_states_that_do_not_fit_are_said() -> None:
-    assert any("lora or qlora" in reason for reason in recommend(profile("llama"), "t4").reasons)
+def test_a_model_that_does_not_fit_is_told_what_would() -> None:
+    done = recommend(profile("llama"), "t4")
+    assert done.memory["micro_batch"] == 0 and done.memory["over_bytes"] > 0
+    assert {r["name"] for r in done.memory["remedies"] if r["fits"]} >= {"lora", "qlora"}
+    assert any("what would fit" in reason and "lora" in reason for reason in done.reasons)
+
+
+def test_a_batch_that_does_not_fit_is_accumulated() -> None:
+    done = recommend(profile("llama"), "a100-sxm-40gb", batch_size=512)
+    micro, times = done.memory["micro_batch"], done.memory["accumulation"]
+    assert micro * times == 512 and 1 <= micro < 512
+    assert done.memory["total_bytes"] <= 0.95 * done.memory["device_bytes"]
+    assert done.training_arguments["per_device_train_batch_size"] == micro
+    assert done.training_arguments["gradient_accumulation_steps"] == times
 
 
 def test_expected_speed() -> None:

@@ -21,6 +21,12 @@ from autoprec.records import Mode, Origin
 
 __all__ = ["command"]
 
+#: what is shown of memory unless all is asked for
+_MEMORY = (
+    "policy", "total_bytes", "device_bytes", "origin", "batch_size", "breakdown", "largest_micro_batch", "accumulation",
+    "over_bytes", "remedies",
+)  # fmt: skip
+
 
 @click.command("recommend")
 @click.argument("model")
@@ -90,7 +96,7 @@ def command(
     print_recommendation(
         console,
         reasons=document["reasons"],
-        memory=document["memory"] if explain else {},
+        memory={name: fact for name, fact in document["memory"].items() if explain or name in _MEMORY},
         expected=document["expected"] if explain else {"matmul_speedup": document["expected"]["matmul_speedup"]},
     )
     print_paths(console, {"plan": str(path)})

@@ -17,7 +17,9 @@ from autoprec.records import Mode
 __all__ = ["accepted_arguments", "training_arguments"]
 
 
-def training_arguments(plan: Plan, *, batch_size: int, checkpointing: bool = False) -> dict[str, Any]:
+def training_arguments(
+    plan: Plan, *, batch_size: int, checkpointing: bool = False, accumulation: int = 1
+) -> dict[str, Any]:
     """Return keyword arguments for `TrainingArguments`, only such as the installed transformers takes.
 
     Empty for inference. Without transformers installed nothing is left out.
@@ -26,6 +28,8 @@ def training_arguments(plan: Plan, *, batch_size: int, checkpointing: bool = Fal
         return {}
     wanted: dict[str, Any] = dict(plan.training_arguments)
     wanted["per_device_train_batch_size"] = batch_size
+    if accumulation > 1:
+        wanted["gradient_accumulation_steps"] = accumulation
     if Format.FP8 in plan.formats:
         wanted["torch_compile"] = True  # casts that are not fused cost more than FP8 saves (nanochat: 0.23x)
     accepted = accepted_arguments()

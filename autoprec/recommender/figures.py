@@ -1,70 +1,77 @@
-"""What a recommendation expects: the memory of the states, and the matmul time against FP32."""
+"""What a recommendation expects: the peak of memory, and the matmul time against FP32."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from enum import StrEnum
+from dataclasses import fields
 from typing import Any
 
+from autoprec.files import as_json
 from autoprec.formats import Format, Fp8Recipe
 from autoprec.plan import Plan
+from autoprec.predict.fitting import RESERVE, fit_batch
+from autoprec.predict.memory import predict_memory
+from autoprec.predict.setup import Checkpointing, Optimizer, Setup, StatePolicy, TrainMethod, states_of
 from autoprec.recommender.features import UnitFacts, bandwidth, rate_tflops, step_seconds
-from autoprec.records import DeviceProfile, Estimate, Mode, ModelProfile, Origin, Role
+from autoprec.records import BatchFit, DeviceProfile, Estimate, MemoryBreakdown, ModelFacts, ModelProfile, Origin
 
-__all__ = ["Method", "adapter_parameters", "expected_figures", "memory_figures"]
-
-#: rank of the adapters that LoRA's memory is counted with (the default of many recipes, not of peft, which is 8)
-ADAPTER_RANK = 16
-_ADAM_BYTES = 8  # two moments in FP32
-_NF4_BYTES = 0.5
-
-
-class Method(StrEnum):
-    """What is trained."""
-
-    FULL = "full"  #: every weight
-    LORA = "lora"  #: adapters beside a frozen base
-    QLORA = "qlora"  #: adapters beside a frozen base in 4 bits
+__all__ = ["expected_figures", "memory_figures"]
 
 
 def memory_figures(
-    profile: ModelProfile, facts: Mapping[str, UnitFacts], plan: Plan, device: DeviceProfile, method: Method
+    profile: ModelProfile, plan: Plan, device: DeviceProfile, setup: Setup, model_facts: ModelFacts | None
 ) -> dict[str, Any]:
-    """Return the bytes of weights, gradients and optimizer states under the plan, and under other policies.
+    """Return the predicted peak of a step by what holds it, the largest micro-batch, and the peaks of other policies.
 
-    Not counted, and said in `leaves_out`: activations, logits, temporary casts and what the framework itself takes.
+    Where the batch does not fit, the figures are those of the micro-batch that does, with gradient accumulation; with
+    full checkpointing where that makes all of it fit. `policy` says what is counted.
     """
-    count = profile.parameters
-    trained = count if method is Method.FULL else adapter_parameters(facts)
-    if plan.mode is Mode.INFER:
-        policy, weights, trained = "fp32 weights, forward only", 4.0 * count, 0
-    elif method is Method.FULL:
-        policy, weights = "fp32 weights under the plan, fp32 gradients, Adam in fp32", 4.0 * count
-    else:
-        policy, weights = _frozen_base(profile, facts, plan, method, trained)
-    gradients, optimizer = 4 * trained, _ADAM_BYTES * trained
-    total = round(weights) + gradients + optimizer
     size = device.memory_bytes
+    fit = _fitted(profile, plan, setup, model_facts, size) if size else None
+    found = fit.breakdown if fit else predict_memory(profile, plan, setup, model_facts)
+    parts = found.parts
     return {
-        "policy": policy,
-        "parameters": count,
-        "trained_parameters": trained,
-        "weights_bytes": round(weights),
-        "gradients_bytes": gradients,
-        "optimizer_bytes": optimizer,
-        "total_bytes": total,
+        "policy": found.policy,
+        "parameters": found.parameters,
+        "trained_parameters": found.trained_parameters,
+        "weights_bytes": parts.weights_bytes,
+        "gradients_bytes": sum(unit.gradients_bytes for unit in found.units),
+        "optimizer_bytes": parts.optimizer_bytes,
+        "total_bytes": found.total_bytes,
         "device_bytes": size,
-        "share_of_device": total / size if size else None,
-        "origin": str(Origin.PREDICTED),
-        "leaves_out": ["activations", "logits", "temporary casts", "the framework's own memory"],
-        "alternatives": _alternatives(count) if plan.mode is Mode.TRAIN and method is Method.FULL else [],
+        "share_of_device": found.total_bytes / size if size else None,
+        "peak_at": str(found.moment),
+        "breakdown": {f.name: value for f in fields(parts) if (value := getattr(parts, f.name))},
+        "checkpointing": found.checkpointing,
+        "batch_size": found.batch_size,
+        "largest_micro_batch": fit.largest_micro_batch if fit else None,
+        "micro_batch": fit.micro_batch if fit else setup.batch_size,
+        "accumulation": found.accumulation,
+        "over_bytes": (fit.over_bytes or None) if fit else None,
+        "remedies": [as_json(remedy) for remedy in fit.remedies] if fit else [],
+        "simple_count_bytes": found.simple_bytes,
+        "origin": str(found.origin),
+        "leaves_out": list(found.leaves_out),
+        "alternatives": _alternatives(profile, plan, found, setup, model_facts),
     }
 
 
-def adapter_parameters(facts: Mapping[str, UnitFacts]) -> int:
-    """Return the weights of adapters of rank 16 on every linear layer of attention and FFN."""
-    leaves = [leaf for f in facts.values() if f.unit.role in (Role.ATTENTION, Role.FFN) for leaf in f.gemms]
-    return sum(ADAPTER_RANK * (leaf.inputs + leaf.outputs) for leaf in leaves)
+def _fitted(
+    profile: ModelProfile, plan: Plan, setup: Setup, model_facts: ModelFacts | None, size_bytes: int
+) -> BatchFit:
+    """Return how a batch fits a device: as it is, checkpointed where that makes all of it fit, else accumulated.
+
+    Accumulating repeats no work; checkpointing does, so it is also taken where not even one sequence fits without.
+    """
+    usable = round((1 - RESERVE) * size_bytes)
+    plain = fit_batch(profile, plan, setup, model_facts, usable, setup.batch_size)
+    if not setup.trains or plain.micro_batch == setup.batch_size:
+        return plain
+    again = dataclasses.replace(setup, checkpointing=Checkpointing.FULL)
+    smaller = fit_batch(profile, plan, again, model_facts, usable, setup.batch_size)
+    whole = smaller.micro_batch == setup.batch_size
+    return smaller if whole or (smaller.micro_batch and not plain.micro_batch) else plain
 
 
 def expected_figures(plan: Plan, facts: Mapping[str, UnitFacts], device: DeviceProfile, tokens: int) -> dict[str, Any]:
@@ -126,30 +133,38 @@ def _speedup(
     }
 
 
-def _frozen_base(
-    profile: ModelProfile, facts: Mapping[str, UnitFacts], plan: Plan, method: Method, trained: int
-) -> tuple[str, float]:
-    """Return the policy and the bytes of a frozen base with fp32 adapters."""
-    width = 2 if plan.ambient is not Format.FP32 else 4
-    stored = f"frozen base in {plan.ambient}"
-    if method is Method.LORA:
-        policy = f"{stored}, fp32 adapters of rank {ADAPTER_RANK} with gradients and Adam in fp32"
-        return policy, width * profile.parameters + 4.0 * trained
-    # 4-bit loaders leave embeddings and the output head alone; the scales of NF4's blocks are left out here
-    packed = sum(f.parameters for f in facts.values() if f.unit.role is not Role.LM_HEAD)
-    policy = (
-        f"frozen base in NF4 (embeddings, norms and head in {plan.ambient}), "
-        f"fp32 adapters of rank {ADAPTER_RANK} with gradients and Adam in fp32"
-    )
-    return policy, _NF4_BYTES * packed + width * (profile.parameters - packed) + 4.0 * trained
-
-
-def _alternatives(count: int) -> list[dict[str, Any]]:
-    """Return other ways to hold the states, by bytes a parameter: weights, gradients, Adam's moments."""
+def _alternatives(
+    profile: ModelProfile, plan: Plan, found: MemoryBreakdown, setup: Setup, model_facts: ModelFacts | None
+) -> list[dict[str, Any]]:
+    """Return other ways to hold the states: bytes a parameter of weights, gradients and moments, and the peak."""
+    if not setup.trains or setup.method is not TrainMethod.FULL:
+        return []
     policies = {
-        "fp32, or autocast over fp32 weights": 4 + 4 + 8,
-        "autocast over fp32 weights, 8-bit Adam": 4 + 4 + 2,
-        "bf16 weights and gradients, Adam in fp32": 2 + 2 + 8,
-        "bf16 throughout, without master weights: small updates are lost": 2 + 2 + 4,
+        "fp32, or autocast over fp32 weights": (StatePolicy.FP32, Optimizer.ADAMW),
+        "autocast over fp32 weights, 8-bit Adam": (StatePolicy.FP32, Optimizer.ADAMW_8BIT),
+        "16-bit weights and gradients, fp32 master copies, Adam in fp32": (StatePolicy.MIXED_MASTER, Optimizer.ADAMW),
+        "16-bit weights and gradients, Adam in fp32, no master copies: small updates are lost": (
+            StatePolicy.MIXED,
+            Optimizer.ADAMW,
+        ),
+        "bf16 throughout, without master weights: small updates are lost": (StatePolicy.BF16, Optimizer.ADAMW),
     }
-    return [{"policy": p, "bytes_per_parameter": b, "total_bytes": b * count} for p, b in policies.items()]
+    rows = []
+    for name, (policy, optimizer) in policies.items():
+        other = dataclasses.replace(
+            setup,
+            policy=policy,
+            optimizer=optimizer,
+            batch_size=found.batch_size,
+            checkpointing=Checkpointing(found.checkpointing),
+            accumulation=found.accumulation,
+        )
+        rows.append(
+            {
+                "policy": name,
+                "bytes_per_parameter": round(states_of(policy, optimizer).total, 2),
+                "states_bytes": round(states_of(policy, optimizer).total * profile.parameters),
+                "total_bytes": predict_memory(profile, plan, other, model_facts).total_bytes,
+            }
+        )
+    return rows

@@ -8,8 +8,8 @@ from typing import Any
 
 from autoprec.formats import Format
 from autoprec.plan import Plan
+from autoprec.predict.setup import TrainMethod
 from autoprec.recommender.features import UnitFacts
-from autoprec.recommender.figures import Method
 from autoprec.records import DeviceProfile, Mode, Role
 
 __all__ = ["around_the_plan"]
@@ -24,7 +24,7 @@ def around_the_plan(
     facts: Mapping[str, UnitFacts],
     device: DeviceProfile,
     memory: Mapping[str, Any],
-    method: Method,
+    method: TrainMethod,
     tokens: int,
     checkpointing: bool,
 ) -> tuple[str, ...]:
@@ -59,13 +59,13 @@ def _precision(plan: Plan) -> Iterator[str]:
         yield "bf16_full_eval and fp16_full_eval are off: they cast the whole model and would undo the plan"
 
 
-def _loading(plan: Plan, method: Method) -> Iterator[str]:
-    if method is Method.QLORA:
+def _loading(plan: Plan, method: TrainMethod) -> Iterator[str]:
+    if method is TrainMethod.QLORA:
         yield (
             "qlora: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
             f"bnb_4bit_compute_dtype='{_torch_name(plan.ambient)}'), adapters in fp32"
         )
-    elif method is Method.LORA:
+    elif method is TrainMethod.LORA:
         yield f"lora: load the frozen base with dtype='{_torch_name(plan.ambient)}', keep the adapters in fp32"
     elif plan.mode is Mode.TRAIN:
         # transformers 5 loads in the checkpoint's dtype: huggingface/trl#4770, huggingface/transformers#42883
@@ -107,14 +107,22 @@ def _shapes(plan: Plan, facts: Mapping[str, UnitFacts]) -> Iterator[str]:
 def _memory(
     plan: Plan, facts: Mapping[str, UnitFacts], memory: Mapping[str, Any], tokens: int, checkpointing: bool
 ) -> Iterator[str]:
-    total, share = memory["total_bytes"], memory["share_of_device"]
-    if share is not None and share > 1:
-        way = "use --method lora or qlora, 8-bit Adam, or shard over devices" if plan.mode is Mode.TRAIN else "shard it"
-        has = memory["device_bytes"] / _GB
-        yield f"the states alone take {total / _GB:.1f} GB and {plan.device.name} has {has:.1f} GB: {way}"
+    total, micro = memory["total_bytes"], memory["micro_batch"]
+    if not micro:
+        has, fitting = memory["device_bytes"] / _GB, [r["name"] for r in memory["remedies"] if r["fits"]]
+        way = f"what would fit: {', '.join(fitting)}" if fitting else "no change known here makes it fit"
+        yield f"one sequence takes {total / _GB:.1f} GB and {plan.device.name} has {has:.1f} GB: {way}"
     elif checkpointing:
         # about a third more compute for a fraction of the activations
-        yield f"states take {share:.0%} of the device's memory: recompute activations, for about a third more compute"
+        yield (
+            "the batch does not fit with all activations kept: recompute them, for about a third more compute "
+            f"({total / _GB:.1f} GB then)"
+        )
+    if micro and memory["accumulation"] > 1:
+        yield (
+            f"{micro} sequences at once and {memory['accumulation']} times accumulated give the batch that was asked: "
+            "not all of it fits at once"
+        )
     outputs = [leaf.outputs for f in facts.values() if f.unit.role is Role.LM_HEAD for leaf in f.gemms]
     logits = tokens * max(outputs, default=0) * (2 + 4)
     if plan.mode is Mode.TRAIN and logits > _LOGITS_BYTES:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from autoprec.errors import ModelError, UsageError
 from autoprec.formats import Format
 from autoprec.plan import Plan
+from autoprec.predict.memory import setup_of
+from autoprec.predict.setup import TrainMethod
 from autoprec.quantities import DropLimit
 from autoprec.recommender.advice import Situation, base_choice, fp8_recipe, tf32_choice, unit_choice
 from autoprec.recommender.arguments import training_arguments
 from autoprec.recommender.features import unit_facts
-from autoprec.recommender.figures import Method, expected_figures, memory_figures
+from autoprec.recommender.figures import expected_figures, memory_figures
 from autoprec.recommender.notes import around_the_plan
-from autoprec.records import DeviceProfile, Mode, ModelProfile, Origin
+from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,8 +32,6 @@ __all__ = ["SCHEMA", "Recommendation", "recommend", "recommend_plan"]
 T = TypeVar("T", bound=StrEnum)
 
 SCHEMA = "autoprec/recommendation@1"
-#: states above this share of the device's memory leave activations so little that recomputing them is advised
-_TIGHT = 0.6
 _PROBE_SECONDS = 0.3
 
 
@@ -63,7 +63,7 @@ def recommend(
     mode: Mode | str = "train",
     batch_size: int = 8,
     seq_len: int = 512,
-    method: Method | str = "full",
+    method: TrainMethod | str = "full",
     max_drop: str | float | DropLimit = "0.25%",
 ) -> Recommendation:
     """Recommend a plan for a model on a device, in seconds, from facts and rules of practice.
@@ -83,17 +83,18 @@ def recommend(
         ModelError: the model cannot be found or placed in units.
         DeviceError: the device is not here, or no device is called so.
     """
-    step, way = _choice(Mode, mode, "mode"), _choice(Method, method, "method")
+    step, way = _choice(Mode, mode, "mode"), _choice(TrainMethod, method, "method")
     limit = DropLimit.parse(max_drop)
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise UsageError(f"{name} must be 1 or more, got {value}")
-    profile, note = _model_profile(model_or_id)
+    profile, model_facts, note = _described(model_or_id)
     known = device if isinstance(device, DeviceProfile) else _device_profile(device)
     plan = recommend_plan(profile, known, mode=step, batch_size=batch_size, seq_len=seq_len, method=way, max_drop=limit)
     facts = unit_facts(profile)
-    memory = memory_figures(profile, facts, plan, known, way)
-    checkpointing = step is Mode.TRAIN and (memory["share_of_device"] or 0) > _TIGHT
+    setup = setup_of(plan, batch_size, seq_len, step, method=way, device_kind=known.kind)
+    memory = memory_figures(profile, plan, known, setup, model_facts)
+    checkpointing = memory["checkpointing"] != "none"
     here = _situation(profile, known, step, batch_size * seq_len, limit, way)
     reasons = (
         base_choice(here).reason,
@@ -101,7 +102,12 @@ def recommend(
         *around_the_plan(plan, facts, known, memory, way, here.tokens, checkpointing),
         *([note] if note else []),
     )
-    arguments = training_arguments(plan, batch_size=batch_size, checkpointing=checkpointing)
+    arguments = training_arguments(
+        plan,
+        batch_size=memory["micro_batch"] or batch_size,
+        checkpointing=checkpointing,
+        accumulation=memory["accumulation"],
+    )
     return Recommendation(
         plan=dataclasses.replace(plan, training_arguments=arguments),
         training_arguments=arguments,
@@ -132,7 +138,7 @@ def recommend_plan(
             f"{profile.model_id} has leaves in no unit, the first of them '{profile.unassigned[0]}'; a plan must place "
             "every leaf. Please report the model's class."
         )
-    way = _choice(Method, method, "method")
+    way = _choice(TrainMethod, method, "method")
     here = _situation(profile, device, mode, batch_size * seq_len, DropLimit.parse(max_drop), way)
     base = base_choice(here)
     choices = {name: unit_choice(facts, base, here) for name, facts in unit_facts(profile).items()}
@@ -150,7 +156,7 @@ def recommend_plan(
 
 
 def _situation(
-    profile: ModelProfile, device: DeviceProfile, mode: Mode, tokens: int, limit: DropLimit, method: Method
+    profile: ModelProfile, device: DeviceProfile, mode: Mode, tokens: int, limit: DropLimit, method: TrainMethod
 ) -> Situation:
     return Situation(
         device=device,
@@ -158,7 +164,7 @@ def _situation(
         tokens=tokens,
         class_name=profile.class_name,
         max_drop=limit,
-        four_bit=method is Method.QLORA,
+        four_bit=method is TrainMethod.QLORA,
     )
 
 
@@ -170,17 +176,23 @@ def _choice(kind: type[T], value: str, what: str) -> T:
         raise UsageError(f"'{value}' is no {what}; choose one of {', '.join(kind)}") from None
 
 
-def _model_profile(model: nn.Module | ModelProfile | str) -> tuple[ModelProfile, str | None]:
-    """Return the units of a model, and what to know about them; of a name only the configuration is read."""
+def _described(model: nn.Module | ModelProfile | str) -> tuple[ModelProfile, ModelFacts | None, str | None]:
+    """Return a model's units, the facts of its configuration, and what to know about them.
+
+    Of a name only the configuration is read.
+    """
     if isinstance(model, ModelProfile):
-        return model, None
+        return model, None, None
+    from autoprec.probe.description import module_facts, named_facts
+
     if isinstance(model, str):
         from autoprec.probe.described import described_model
 
-        return described_model(model)
+        profile, note = described_model(model)
+        return profile, named_facts(model), note
     from autoprec.probe.units import probe_units
 
-    return probe_units(model), None
+    return probe_units(model), module_facts(model), None
 
 
 def _device_profile(device: str) -> DeviceProfile:

@@ -7,6 +7,7 @@ from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Supp
 from autoprec.records.facts import Architecture, ModelFacts
 from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
+from autoprec.records.memory import BatchFit, MemoryBreakdown, MemoryParts, Moment, Remedy, UnitMemory
 from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
 from autoprec.records.searched import (
     Confirmed,
@@ -27,6 +28,7 @@ __all__ = [
     "Architecture",
     "AuditReport",
     "AuditRow",
+    "BatchFit",
     "BehindUse",
     "CastRow",
     "Check",
@@ -44,14 +46,18 @@ __all__ = [
     "LeafKind",
     "Measurement",
     "MeasurementOrigins",
+    "MemoryBreakdown",
+    "MemoryParts",
     "Method",
     "Mode",
     "ModelFacts",
     "ModelProfile",
+    "Moment",
     "OpKind",
     "Origin",
     "Pinned",
     "Progress",
+    "Remedy",
     "Removal",
     "Role",
     "SearchResult",
@@ -62,6 +68,7 @@ __all__ = [
     "Task",
     "Unit",
     "UnitDrop",
+    "UnitMemory",
     "UnitNumerics",
     "UnitTime",
     "Verdict",
