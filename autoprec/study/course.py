@@ -134,7 +134,9 @@ class Course:
         if self.known:
             self.scale = self.known.scale
         self.news("probe", "what each unit takes")
-        self.speed, slow = speed_of(self.workload, self.space, self.budget, self.folder, self.tell)
+        self.speed, slow = speed_of(
+            self.workload, self.space, self.budget, self.folder, self.tell, self.forward_seconds
+        )
         self.notes += [text for text in (why, slow) if text]
 
     # measuring

@@ -11,7 +11,7 @@ from autoprec.probe.sensitivity import probe_sensitivity
 from autoprec.probe.speed import probe_speed
 from autoprec.probe.survey import pass_forwards
 from autoprec.probe.workload import Workload
-from autoprec.records import Estimate, Origin, Progress, SensitivityProfile, SpeedProfile
+from autoprec.records import Estimate, Mode, Origin, Progress, SensitivityProfile, SpeedProfile
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
 from autoprec.study.space import SearchSpace
@@ -21,8 +21,8 @@ __all__ = ["drop_priors", "sensitivity_of", "speed_of", "time_priors"]
 #: what the probe may take: no more than this share of the budget, nor than so many passes over all batches beside what
 #: it needs to begin with (a probe by itself takes four, and a search has more use for each)
 _SHARE, _SWEEPS, _BEGIN_SECONDS = 0.15, 6.0, 1.0
-#: what timing units one by one may take
-_SPEED_SHARE, _SPEED_SECONDS = 0.06, 45.0
+#: what timing units one by one may take, of the budget and in steps; and a step with its backward in forwards
+_SPEED_SHARE, _SPEED_STEPS, _BACKWARD = 0.06, 60.0, 3.0
 
 
 def sensitivity_of(
@@ -79,11 +79,16 @@ def drop_priors(space: SearchSpace, known: SensitivityProfile | None) -> dict[st
 
 
 def speed_of(
-    workload: Workload, space: SearchSpace, budget: Budget, folder: RunFolder, tell: Callable[[Progress], None]
+    workload: Workload,
+    space: SearchSpace,
+    budget: Budget,
+    folder: RunFolder,
+    tell: Callable[[Progress], None],
+    forward_seconds: float,
 ) -> tuple[SpeedProfile | None, str | None]:
     """Time the formats of a space unit by unit, or read what an earlier run of the folder found; None with the reason.
 
-    `speed.json` is written by then.
+    `speed.json` is written by then. `forward_seconds` is what a forward of one batch takes.
     """
     formats = tuple(dict.fromkeys(f for d in space.decisions for f in d.formats if f is not Format.FP32))
     if not formats:
@@ -95,7 +100,8 @@ def speed_of(
         if known.fingerprint == space.profile.fingerprint and known.mode is workload.mode:
             return known, None
     try:
-        seconds = min(_SPEED_SHARE * budget.seconds, _SPEED_SECONDS)
+        step = forward_seconds * (_BACKWARD if workload.mode is Mode.TRAIN else 1.0)
+        seconds = min(_SPEED_SHARE * budget.seconds, _SPEED_STEPS * step)
         found = probe_speed(workload, formats, seconds=seconds, progress=tell)
     except MeasurementError as error:
         return None, f"no unit was timed by itself: {error}"
