@@ -44,16 +44,7 @@ from autoprec.runtime.scope import Scope
 from autoprec.study import course
 from autoprec.study.confirming import OutOfTime
 
-FILES = {
-    "device.json",
-    "units.json",
-    "sensitivity.json",
-    "speed.json",
-    "study.journal",
-    "trials.csv",
-    "result.json",
-    "run.lock",
-}
+FILES = {"device.json", "units.json", "sensitivity.json", "study.journal", "trials.csv", "result.json", "run.lock"}
 RESULT_KEYS = {
     "schema", "reference", "baselines", "front", "chosen", "verdict", "trials", "evaluations", "seconds",
     "predicted_bound",
@@ -323,8 +314,7 @@ def test_a_budget_ends_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Time is counted, not waited for: each measurement 'takes' ten seconds of a clock that we turn."""
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    for probe in ("sensitivity_of", "speed_of"):
-        monkeypatch.setattr(course, probe, lambda *_: (None, None))  # it would wait for the clock
+    monkeypatch.setattr(course, "sensitivity_of", lambda *_: (None, None))  # it would wait for the clock
 
     def change(request: Request, measure: Evaluate) -> Measurement:
         now[0] += 10.0
@@ -341,8 +331,7 @@ def test_baselines_that_do_not_fit_are_left_out_and_measured_on_resume(
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    for probe in ("sensitivity_of", "speed_of"):
-        monkeypatch.setattr(course, probe, lambda *_: (None, None))  # it would wait for the clock
+    monkeypatch.setattr(course, "sensitivity_of", lambda *_: (None, None))  # it would wait for the clock
 
     def change(request: Request, measure: Evaluate) -> Measurement:
         now[0] += 10.0

@@ -27,13 +27,12 @@ from autoprec.records import (
     Measurement,
     Progress,
     SensitivityProfile,
-    SpeedProfile,
 )
 from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
-from autoprec.study.knowledge import drop_priors, sensitivity_of, speed_of, time_priors
+from autoprec.study.knowledge import drop_priors, sensitivity_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
 from autoprec.study.race import Answer, Spread, judge
 from autoprec.study.sampler import FrontSampler
@@ -94,7 +93,6 @@ class Course:
     confirm_seconds: float
     notes: list[str] = field(default_factory=list)
     known: SensitivityProfile | None = None
-    speed: SpeedProfile | None = None
     confirmed: tuple[Confirmed, ...] = ()
     #: why nothing was confirmed
     unconfirmed: str | None = None
@@ -126,18 +124,15 @@ class Course:
         return ledger
 
     def probe(self) -> None:
-        """Learn each unit's sensitivity and time; where one cannot be had, the search goes on without."""
+        """Learn each unit's sensitivity; where that cannot be had, the search goes on without."""
         self.news("probe", "each unit's sensitivity")
         self.known, why = sensitivity_of(
             self.workload, self.space, self.budget, self.folder, self.seed, self.tell, self.forward_seconds
         )
         if self.known:
             self.scale = self.known.scale
-        self.news("probe", "what each unit takes")
-        self.speed, slow = speed_of(
-            self.workload, self.space, self.budget, self.folder, self.tell, self.forward_seconds
-        )
-        self.notes += [text for text in (why, slow) if text]
+        if why:
+            self.notes.append(why)
 
     # measuring
 
@@ -241,7 +236,7 @@ class Course:
         return FrontSampler(
             {d.name: d.formats for d in self.space.decisions},
             drop_priors(self.space, self.known),
-            time_priors(self.space, self.speed),
+            time_priors(self.space, self.device, reference.step_ms),
             drop_floor=_FLOOR * limit,
             corner=(_CORNER * limit, reference.step_ms),
             # the same seed again would draw what was drawn already
