@@ -27,7 +27,7 @@ class Call:
     kwargs: Any
     count: int
     shape: str
-    #: gradients of the results, drawn once: along equal ones the softmax of attention has no gradient but rounding errors
+    #: gradients of the results, drawn once: along equal ones a softmax has none but rounding errors
     slopes: list[Tensor] = field(default_factory=list)
 
     def forward(self) -> Any:
