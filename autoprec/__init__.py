@@ -105,7 +105,7 @@ def _teach_predictions() -> None:
     from autoprec.predict.describing import set_describer
 
     def describe(model: Any) -> Any:
-        from autoprec.probe.description import describe
+        from autoprec.probe.described import describe
 
         return describe(model)
 

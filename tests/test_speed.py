@@ -216,10 +216,15 @@ def test_graphs_are_replayed_between_events(captures: bool, seconds: float) -> N
     assert len(entered) == (1 if captures else 2)  # a graph holds its formats; what is launched again needs them again
 
 
-def test_a_frozen_embedding_is_timed_forward_only() -> None:
-    """It is given ids, and has nothing to derive."""
+def test_a_frozen_embedding_has_no_backward() -> None:
+    """It is given ids, so there is nothing to derive: both ways are the forward alone."""
     workload = gpt2_workload("train")
     for name, parameter in workload.model.named_parameters():
         parameter.requires_grad_(".wte." not in name and ".wpe." not in name)
+    modules = canonical_modules(workload.model)
+    sites = find_sites(probe_units(workload.model), modules, [Format.BF16], Format.BF16, emulated=False)
+    calls = record_calls(workload, workload.batches[0], sites, modules, gradients=True)
+    lookup = next(call for call in calls if call.site.unit == "embeddings")
+    assert torch.equal(lookup.both(), lookup.forward())
     known = probe_speed(workload, ("bf16",), seconds=1.0)
     assert any(r.unit == "embeddings" for r in known.times)

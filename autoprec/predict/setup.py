@@ -194,5 +194,5 @@ def choice_of(kind: type[T], value: str, what: str) -> T:
         return kind(name)
     except ValueError:
         raise UsageError(
-            f"'{value}' is no {what}{closest(name, list(kind))}. Choose one of {', '.join(kind)}."
+            f"'{value}' is no {what}; choose one of {', '.join(kind)}{closest(name, list(kind))}"
         ) from None

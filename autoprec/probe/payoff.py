@@ -11,7 +11,7 @@ from autoprec.records import Estimate, Leaf, LeafKind, ModelProfile, Unit
 __all__ = ["misfit", "why_not"]
 
 #: elements that rows of operands must be a multiple of for tensor cores: 16 bytes (NVIDIA, Matrix Multiplication
-#: Background, section 3); FP8 kernels refuse others
+#: Background User's Guide); FP8 kernels refuse others
 _MULTIPLE = {Format.BF16: 8, Format.FP16: 8, Format.FP8: 16}
 _PRODUCTS = (LeafKind.LINEAR, LeafKind.CONV1D)
 

@@ -124,10 +124,9 @@ def probe_speed(
 def _probe(workload: Workload, formats: tuple[Format, ...], clock: Clock, tell: News) -> SpeedProfile:
     model, device = workload.model, device_of(workload.model)
     profile, modules = probe_units(model, model_id=workload.model_id), canonical_modules(model)
-    notes: list[str] = []
-    if Format.FP8 in formats and (why := fp8_missing(device)):
-        notes.append(f"fp8 is not timed: {why}")
-    low = tuple(f for f in formats if f is not Format.FP32 and not (f is Format.FP8 and fp8_missing(device)))
+    missing = fp8_missing(device)
+    notes = [f"fp8 is not timed: {missing}"] if missing and Format.FP8 in formats else []
+    low = tuple(f for f in formats if f is not Format.FP32 and not (f is Format.FP8 and missing))
     ambient = Format.FP16 if low == (Format.FP16,) else Format.BF16
     training = workload.mode is Mode.TRAIN
     with kept_state(model, weights=training), repeatable(model), plain_fp32(device.type):
@@ -149,7 +148,7 @@ def _probe(workload: Workload, formats: tuple[Format, ...], clock: Clock, tell: 
         ambient=ambient,
         tokens=workload.tokens(workload.batches[0]),
         formats=low,
-        reference_ms=_times(reference, 1e3),
+        reference_ms=reference.scaled(1e3),
         around=_interval(_ratios(steps, Format.FP32)),
         corrections=_corrections(steps, times, low, reference.value),
         times=times,
@@ -320,7 +319,3 @@ def _unit_times(
 def _interval(values: Sequence[float]) -> Estimate:
     middle, low, high = median_interval(values)
     return Estimate(middle, low, high, Origin.MEASURED)
-
-
-def _times(estimate: Estimate, factor: float) -> Estimate:
-    return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor, estimate.origin)

@@ -54,7 +54,8 @@ _GRADIENT, _REPLAY = 2.5, 1.0
 _WITH_CASTS, _MUCH_AROUND = 1.05, 0.1
 #: relative standard error of a typical unit below which no further pass is made
 _ENOUGH = 0.04
-#: examples chosen are thinned where time is short by more than a slack, once a telling share of them was replayed
+#: examples chosen are thinned where time is short by more than a slack, once a share of them was replayed from which
+#: the pace can be told (by the first batch alone a probe on a busy machine was seen to keep 29 of 81)
 _TELLING, _SLACK = 0.2, 1.1
 #: of a classifier: below this a selection says too little
 _FEWEST_EXAMPLES = 48

@@ -7,7 +7,6 @@ replayed; what cannot be captured (data-dependent shapes, syncs) is launched aga
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from autoprec.errors import first_line
+from autoprec.probe.steps import timed
 
 __all__ = ["Work", "timer_of"]
 
@@ -56,16 +56,11 @@ class _Wall:
             return self._time()
 
     def _time(self) -> float:
-        self._wait()
-        begun = time.perf_counter()
+        return timed(self._device, self._runs)[0] / self._repeats
+
+    def _runs(self) -> None:
         for _ in range(self._repeats):
             self._run()
-        self._wait()
-        return (time.perf_counter() - begun) / self._repeats
-
-    def _wait(self) -> None:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
 
 
 class _Graph:

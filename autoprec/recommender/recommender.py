@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from autoprec.errors import ModelError, UsageError
 from autoprec.formats import Format
 from autoprec.plan import Plan
 from autoprec.predict.memory import setup_of
-from autoprec.predict.setup import TrainMethod
+from autoprec.predict.setup import TrainMethod, choice_of
 from autoprec.quantities import DropLimit
 from autoprec.recommender.advice import Situation, base_choice, fp8_recipe, tf32_choice, unit_choice
 from autoprec.recommender.arguments import training_arguments
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["SCHEMA", "Recommendation", "recommend", "recommend_plan"]
-
-T = TypeVar("T", bound=StrEnum)
 
 SCHEMA = "autoprec/recommendation@1"
 _PROBE_SECONDS = 0.3
@@ -83,7 +80,7 @@ def recommend(
         ModelError: the model cannot be found or placed in units.
         DeviceError: the device is not here, or no device is called so.
     """
-    step, way = _choice(Mode, mode, "mode"), _choice(TrainMethod, method, "method")
+    step, way = choice_of(Mode, mode, "mode"), choice_of(TrainMethod, method, "method")
     limit = DropLimit.parse(max_drop)
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
@@ -138,7 +135,7 @@ def recommend_plan(
             f"{profile.model_id} has leaves in no unit, the first of them '{profile.unassigned[0]}'; a plan must place "
             "every leaf. Please report the model's class."
         )
-    way = _choice(TrainMethod, method, "method")
+    way = choice_of(TrainMethod, method, "method")
     here = _situation(profile, device, mode, batch_size * seq_len, DropLimit.parse(max_drop), way)
     base = base_choice(here)
     choices = {name: unit_choice(facts, base, here) for name, facts in unit_facts(profile).items()}
@@ -168,14 +165,6 @@ def _situation(
     )
 
 
-def _choice(kind: type[T], value: str, what: str) -> T:
-    """Return the member of an enum that a text names."""
-    try:
-        return kind(str(value).lower())
-    except ValueError:
-        raise UsageError(f"'{value}' is no {what}; choose one of {', '.join(kind)}") from None
-
-
 def _described(model: nn.Module | ModelProfile | str) -> tuple[ModelProfile, ModelFacts | None, str | None]:
     """Return a model's units, the facts of its configuration, and what to know about them.
 
@@ -183,11 +172,9 @@ def _described(model: nn.Module | ModelProfile | str) -> tuple[ModelProfile, Mod
     """
     if isinstance(model, ModelProfile):
         return model, None, None
-    from autoprec.probe.description import module_facts, named_facts
+    from autoprec.probe.described import described_model, module_facts, named_facts
 
     if isinstance(model, str):
-        from autoprec.probe.described import described_model
-
         profile, note = described_model(model)
         return profile, named_facts(model), note
     from autoprec.probe.units import probe_units

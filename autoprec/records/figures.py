@@ -37,6 +37,10 @@ class Estimate:
     high: float
     origin: Origin
 
+    def scaled(self, factor: float) -> Estimate:
+        """Return it in another unit; `factor` is above zero."""
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.origin)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:

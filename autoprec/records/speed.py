@@ -68,8 +68,7 @@ class SpeedProfile:
         """Return the milliseconds of (unit, format) in a step, as they count in `step_ms`; KeyError where not timed."""
         unit, choice = key[0], Format(key[1])
         rows = {row.format: row for row in self.times if row.unit == unit}
-        wide, own = rows[Format.FP32].step_ms, rows[choice].ratio
-        scale = self.corrections[choice].value if choice in self.corrections else 1.0
+        wide, own, scale = rows[Format.FP32].step_ms, rows[choice].ratio, self._correction(choice)
         value, low, high = (wide * (1 + scale * (r - 1)) for r in (own.value, own.low, own.high))
         return Estimate(value, low, high, Origin.MEASURED if choice is Format.FP32 else Origin.PREDICTED)
 
@@ -87,7 +86,7 @@ class SpeedProfile:
             if choice is Format.FP32 or (unit, choice) not in rows or (unit, Format.FP32) not in rows:
                 continue
             row, wide = rows[unit, choice], rows[unit, Format.FP32].step_ms
-            scale = self.corrections[choice].value if choice in self.corrections else 1.0
+            scale = self._correction(choice)
             saved = wide * (row.ratio.value - 1)
             total += scale * saved
             half = scale * wide * (row.ratio.high - row.ratio.low) / 2
@@ -100,3 +99,7 @@ class SpeedProfile:
                 halves.append(saved * (known.high - known.low) / 2)
         off = math.sqrt(sum(half**2 for half in halves))
         return Estimate(total, total - off, total + off, Origin.PREDICTED)
+
+    def _correction(self, choice: Format) -> float:
+        known = self.corrections.get(choice)
+        return known.value if known else 1.0

@@ -73,8 +73,7 @@ class Believed:
 
     def on_clock(self, factor: float) -> Believed:
         """Return it with the time in another unit."""
-        t = self.time
-        return Believed(self.drop, Estimate(t.value * factor, t.low * factor, t.high * factor, t.origin))
+        return Believed(self.drop, self.time.scaled(factor))
 
 
 class FrontSampler(BaseSampler):
