@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,21 @@ from record import write_result
 from scipy import stats
 from truths import WORKLOADS
 
-from autoprec import Plan, Workload, probe_speed, probe_units
+from autoprec import Plan, Workload, apply, probe_speed, probe_units
 from autoprec.formats import Format
-from autoprec.measurement import Request, evaluate
-from autoprec.records import SpeedProfile
+from autoprec.probe.pairs import Pairs
+from autoprec.probe.shapes import SETTLED
+from autoprec.probe.steps import Stepper, kept_state, plain_fp32
+from autoprec.records import Mode, SpeedProfile
 
-#: pairs of steps by assignment; a step of SmolLM2 in training takes seconds
-_PAIRS = {"infer": 9, "train": 5}
+#: pairs of steps by assignment: at least, and at most as long as told or until the interval is narrow
+_PAIRS, _SECONDS, _NARROW = 6, 5.0, 0.02
 
 
 def assignments(workload: Workload, known: SpeedProfile, count: int, seed: int) -> list[dict[str, Format]]:
     """Return random assignments of the units that can take more than FP32."""
     draw = random.Random(seed)
-    slow = {row.unit for row in known.times if row.format is Format.FP16 and row.ratio.value > 3}
+    slow = {row.unit for row in known.times if row.format is Format.FP16 and row.ratio.value > SETTLED}
     found = []
     for _ in range(count):
         share, plan = draw.random(), {}
@@ -45,6 +48,41 @@ def assignments(workload: Workload, known: SpeedProfile, count: int, seed: int) 
     return found
 
 
+def timed_pairs(workload: Workload, plan: Plan) -> Pairs:
+    """Time the reference's steps and the plan's in turns."""
+    handle, pairs, begun = apply(workload.model, plan), Pairs(), time.monotonic()
+    reference = Stepper(workload)
+    try:
+        with handle.suspended():
+            reference.run(workload.batches[0])
+        own = reference.scaled(plan.grad_scaler)
+        own.run(workload.batches[0])
+        while len(pairs.plan_s) < _PAIRS or not (pairs.is_narrow() or time.monotonic() - begun > _SECONDS):
+            pairs.pair(handle, lambda: reference.run(workload.batches[0]), lambda: own.run(workload.batches[0]))
+    finally:
+        handle.remove()
+    return pairs
+
+
+def measured(workload: Workload, known: SpeedProfile, count: int) -> Iterator[dict[str, Any]]:
+    """Yield for each assignment what was predicted and what was measured, as ratios to FP32."""
+    train = workload.mode is Mode.TRAIN
+    with kept_state(workload.model, weights=train), plain_fp32("cpu"):
+        workload.model.train(train)
+        for chosen in assignments(workload, known, count, seed=7):
+            pairs = timed_pairs(workload, Plan.assign(workload.model, chosen, ambient=known.ambient, mode=known.mode))
+            speedup, interval = pairs.ratio()
+            assert interval is not None
+            guess = known.step_ms(chosen).scaled(1 / known.reference_ms.value)
+            yield {
+                "predicted": guess.value,
+                "predicted_ci95": [guess.low, guess.high],
+                "measured": 1 / speedup,
+                "measured_ci95": [1 / interval[1], 1 / interval[0]],
+                "pairs": len(pairs.plan_s),
+            }
+
+
 def judged(name: str, mode: str, count: int) -> dict[str, Any]:
     """Probe, measure, and compare the ratios to FP32."""
     workload = WORKLOADS[name]()
@@ -52,30 +90,12 @@ def judged(name: str, mode: str, count: int) -> dict[str, Any]:
         workload.model, workload.batches[:1], mode=mode, outputs=workload.outputs, task=workload.task, model_id=name
     )
     begun = time.monotonic()
-    known = probe_speed(workload, ("bf16", "fp16"))
+    known = probe_speed(workload, ("bf16", "fp16", "fp8"))  # beside FP32; FP8 has no time on a CPU, which is noted
     took = time.monotonic() - begun
     rows = []
-    for number, chosen in enumerate(assignments(workload, known, count, seed=7)):
-        plan = Plan.assign(workload.model, chosen, ambient=known.ambient, mode=mode)
-        pairs = _PAIRS[mode]
-        found = evaluate(
-            Request(
-                workload=workload, plan=plan, min_pairs=pairs, max_pairs=pairs, gradient_batches=1, name=str(number)
-            )
-        )
-        guess = known.step_ms(chosen)
-        assert found.speedup is not None
-        interval = found.speedup_ci95 or (found.speedup, found.speedup)
-        rows.append(
-            {
-                "predicted": guess.value / known.reference_ms.value,
-                "low": guess.low / known.reference_ms.value,
-                "high": guess.high / known.reference_ms.value,
-                "measured": 1 / found.speedup,
-                "measured_ci95": [1 / interval[1], 1 / interval[0]],
-            }
-        )
-        print(f"{name} {mode} {number}: {rows[-1]}", file=sys.stderr, flush=True)
+    for row in measured(workload, known, count):
+        rows.append(row)
+        print(f"{name} {mode} {len(rows)}: {row}", file=sys.stderr, flush=True)
     own, true = (np.array([row[key] for row in rows]) for key in ("predicted", "measured"))
     apart = [
         (own[i] - own[j]) * (true[i] - true[j]) > 0
@@ -84,16 +104,22 @@ def judged(name: str, mode: str, count: int) -> dict[str, Any]:
         if rows[i]["measured_ci95"][0] > rows[j]["measured_ci95"][1]
         or rows[j]["measured_ci95"][0] > rows[i]["measured_ci95"][1]
     ]
+    inside = [
+        r["predicted_ci95"][0] <= r["measured_ci95"][1] and r["measured_ci95"][0] <= r["predicted_ci95"][1]
+        for r in rows
+    ]
+    off = np.abs(own / true - 1)
     return {
         "probe_s": round(took, 1),
         "shapes": len({row.shape for row in known.times}),
-        "corrections": {str(f): round(c.value, 3) for f, c in known.corrections.items()},
-        "around": round(known.around.value, 3),
-        "mean_error": round(float(np.mean(np.abs(own / true - 1))), 4),
-        "worst_error": round(float(np.max(np.abs(own / true - 1))), 4),
+        "around": round(known.arrival.mean[0], 3),
+        "mean_error": round(float(off.mean()), 4),
+        "worst_error": round(float(off.max()), 4),
         "spearman": round(float(stats.spearmanr(own, true)[0]), 4),
         "pairs told apart by measurement": len(apart),
-        "of these in the predicted order": round(float(np.mean(apart)), 4) if apart else None,
+        "rank correlation of these": round(2 * float(np.mean(apart)) - 1, 4) if apart else None,
+        "intervals that meet": round(float(np.mean(inside)), 4),
+        "mean width of a measured interval": round(float(np.mean([np.ptp(r["measured_ci95"]) for r in rows])), 4),
         "rows": [{k: np.round(v, 4).tolist() for k, v in row.items()} for row in rows],
     }
 

@@ -44,7 +44,16 @@ from autoprec.runtime.scope import Scope
 from autoprec.study import course
 from autoprec.study.confirming import OutOfTime
 
-FILES = {"device.json", "units.json", "sensitivity.json", "study.journal", "trials.csv", "result.json", "run.lock"}
+FILES = {
+    "device.json",
+    "units.json",
+    "sensitivity.json",
+    "speed.json",
+    "study.journal",
+    "trials.csv",
+    "result.json",
+    "run.lock",
+}
 RESULT_KEYS = {
     "schema", "reference", "baselines", "front", "chosen", "verdict", "trials", "evaluations", "seconds",
     "predicted_bound",
@@ -279,11 +288,12 @@ def test_a_plan_of_an_earlier_verdict_does_not_stay(tmp_path: Path, monkeypatch:
 def test_the_small_space_is_seen_whole_and_nothing_twice(tmp_path: Path) -> None:
     work, out = workload(), tmp_path / "run"
     result = search(work, budget=300, trials=99, space="roles", out=out)  # without, it ends where nothing is to gain
-    # 2^4 assignments, of which uniform bf16 is measured as a baseline
+    # 2^4 assignments, of which baselines stand for two: uniform bf16, and fp32 for all units in it
     units = ["embeddings", "blocks.0.attention", "blocks.0.ffn", "blocks.1.attention", "blocks.1.ffn", "lm_head"]
-    seen = [tuple(r[u] for u in units) for r in table(out) if r["trial"] or r["reason"] == "baseline uniform bf16"]
+    known = {"baseline uniform fp32", "baseline uniform bf16"}
+    seen = [tuple(r[u] for u in units) for r in table(out) if r["trial"] or r["reason"] in known]
     assert len(seen) == len(set(seen)) == 16
-    assert result.trials == 15 and result.evaluations == 15 + len(RUNNABLE)
+    assert result.trials == 14 and result.evaluations == 14 + len(RUNNABLE)
 
 
 def test_the_recommended_plan_comes_first_or_beside_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +324,8 @@ def test_a_budget_ends_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Time is counted, not waited for: each measurement 'takes' ten seconds of a clock that we turn."""
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    monkeypatch.setattr(course, "sensitivity_of", lambda *_: (None, None))  # it would wait for the clock
+    for probe in ("sensitivity_of", "speed_of"):
+        monkeypatch.setattr(course, probe, lambda *_: (None, None))  # it would wait for the clock
 
     def change(request: Request, measure: Evaluate) -> Measurement:
         now[0] += 10.0
@@ -331,7 +342,8 @@ def test_baselines_that_do_not_fit_are_left_out_and_measured_on_resume(
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    monkeypatch.setattr(course, "sensitivity_of", lambda *_: (None, None))  # it would wait for the clock
+    for probe in ("sensitivity_of", "speed_of"):
+        monkeypatch.setattr(course, probe, lambda *_: (None, None))  # it would wait for the clock
 
     def change(request: Request, measure: Evaluate) -> Measurement:
         now[0] += 10.0

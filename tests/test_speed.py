@@ -14,6 +14,7 @@ from autoprec import Plan, Workload, probe_speed, probe_units
 from autoprec.errors import ModelError
 from autoprec.files import as_json, from_json
 from autoprec.formats import Format
+from autoprec.probe.arrival import Part, Run, arrival
 from autoprec.probe.calls import record_calls
 from autoprec.probe.payoff import misfit, why_not
 from autoprec.probe.sites import find_sites
@@ -37,7 +38,12 @@ def row(unit: str, choice: Format, ratio: float, wide: float = 10.0, spread: flo
     return UnitTime(unit=unit, format=choice, shape=unit[0], forward_ms=ratio * wide, backward_ms=None, ratio=own)
 
 
-def profile(*times: UnitTime, correction: float = 1.0) -> SpeedProfile:
+def profile(*times: UnitTime, runs: tuple[Run, ...] = ()) -> SpeedProfile:
+    alone: dict[Part, Estimate] = {
+        (r.shape, r.format): Estimate(r.ratio.value - 1, r.ratio.low - 1, r.ratio.high - 1, Origin.MEASURED)
+        for r in times
+        if r.format is not Format.FP32
+    }
     return SpeedProfile(
         model_id="m",
         fingerprint="f",
@@ -47,36 +53,66 @@ def profile(*times: UnitTime, correction: float = 1.0) -> SpeedProfile:
         tokens=16,
         formats=(Format.BF16,),
         reference_ms=exact(100.0),
-        around=exact(1.1),
-        corrections={Format.BF16: exact(correction)},
         times=times,
+        arrival=arrival(alone, runs),
         seconds=1.0,
     )
 
 
-def test_a_step_is_the_reference_and_what_units_add_or_save() -> None:
-    units = [row(f"{u}", f, r) for u in ("a1", "a2", "b1") for f, r in ((Format.FP32, 1.0), (Format.BF16, 0.4))]
-    known = profile(*units, correction=0.5)
-    assert known.step_ms({"a1": Format.FP32, "b1": Format.FP32}).value == pytest.approx(110.0)
-    assert known.step_ms({"a1": Format.BF16, "b1": Format.BF16}).value == pytest.approx(110.0 - 2 * 0.5 * 6.0)
-    assert known["a1", "bf16"].value == pytest.approx(10.0 - 3.0)
-    assert known.step_ms({"elsewhere": Format.BF16}).value == pytest.approx(110.0)
+def units(*names: str, spread: float = 0.0) -> list[UnitTime]:
+    """Units of 10 ms in FP32 and 4 ms in BF16, their shapes named by their first letters."""
+    return [row(u, f, r, spread=s) for u in names for f, r, s in ((Format.FP32, 1.0, 0.0), (Format.BF16, 0.4, spread))]
+
+
+def test_without_whole_steps_a_step_is_the_reference_and_what_units_save_alone() -> None:
+    known = profile(*units("a1", "a2", "b1"))
+    assert known.step_ms({"a1": Format.FP32, "b1": Format.FP32}).value == pytest.approx(100.0)
+    assert known.step_ms({"a1": Format.BF16, "b1": Format.BF16}).value == pytest.approx(100.0 - 2 * 6.0)
+    assert known["a1", "bf16"].value == pytest.approx(4.0)
+    assert known["a1", "fp32"].value == known["a1", "fp32"].high == pytest.approx(10.0)
+    assert known.step_ms({"elsewhere": Format.BF16}).value == pytest.approx(100.0)
+    with pytest.raises(KeyError):
+        known["a1", "fp16"]
+
+
+def test_whole_steps_tell_which_shape_saves_less_than_alone() -> None:
+    """Of a, two units, a third of what they save alone arrives; of b all; and the ambient format adds 10 %."""
+    a, b = ("a", Format.BF16), ("b", Format.BF16)
+    runs = (
+        Run({}, [1.1] * 9),
+        Run({a: 0.2, b: 0.1}, [1.1 - 0.04 - 0.06] * 9),
+        Run({a: 0.2}, [1.1 - 0.04] * 9),
+        Run({b: 0.1}, [1.1 - 0.06] * 9),
+    )
+    known = profile(*units("a1", "a2", "b1"), runs=runs)
+    assert known.arrival.mean[0] == pytest.approx(0.1, abs=0.002)
+    assert known["a1", "bf16"].value == pytest.approx(8.0, abs=0.3)
+    assert known["b1", "bf16"].value == pytest.approx(4.0, abs=0.3)
+    half = known.step_ms({"a1": Format.BF16})
+    assert half.value == pytest.approx(110.0 - 2.0, abs=0.3)
+    assert half.low < 108.0 < half.high and half.high - half.low < 2.0
+    wide = profile(*units("a1", "a2", "b1")).step_ms({"a1": Format.BF16})
+    assert wide.high - wide.low > 10 * (half.high - half.low)
+
+
+def test_noisy_steps_do_not_overrule_what_units_took_alone() -> None:
+    a = ("a", Format.BF16)
+    runs = (Run({}, [0.8, 1.2, 1.0, 1.4]), Run({a: 0.1}, [1.3, 0.9, 1.6, 1.1]))
+    known = profile(*units("a1"), runs=runs)
+    assert known["a1", "bf16"].value == pytest.approx(4.0, abs=1.0)
 
 
 def test_errors_of_one_shape_go_together_and_others_do_not() -> None:
-    """Two units of one shape are off by twice as much, two shapes by √2."""
-    spread = [row(u, f, r, spread=s) for u in ("a1", "a2", "b1") for f, r, s in _CHOICES]
-    known = profile(*spread)
+    """Two units of one shape are off by twice as much as one, two shapes by √2, beside what all steps share."""
+    known = profile(*units("a1", "a2", "b1", spread=0.1))
+    shared = known.step_ms({})
 
-    def width(*units: str) -> float:
-        found = known.step_ms(dict.fromkeys(units, Format.BF16))
-        return found.high - found.low
+    def variance(*names: str) -> float:
+        found = known.step_ms(dict.fromkeys(names, Format.BF16))
+        return (found.high - found.low) ** 2 - (shared.high - shared.low) ** 2
 
-    assert width("a1", "a2") == pytest.approx(2 * width("a1"))
-    assert width("a1", "b1") == pytest.approx(2**0.5 * width("a1"))
-
-
-_CHOICES = ((Format.FP32, 1.0, 0.0), (Format.BF16, 0.4, 0.1))
+    assert variance("a1", "a2") == pytest.approx(4 * variance("a1"))
+    assert variance("a1", "b1") == pytest.approx(2 * variance("a1"))
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])

@@ -41,6 +41,13 @@ class Stepper:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaling = scaling
 
+    def scaled(self, scaling: GradScalerSettings | None) -> Stepper:
+        """Return one with another loss scale that shares the optimizer, whose states take memory."""
+        other = Stepper(self.workload, scaling)
+        if self.optimizer is not None:
+            other.optimizer, other.scaler = self.optimizer, _scaler(self.device, scaling)
+        return other
+
     def run(self, batch: Batch) -> Any:
         """Do one step and return the raw output of the model."""
         if self.workload.mode is Mode.INFER:

@@ -20,12 +20,13 @@ from autoprec.records.searched import (
     VerdictDecision,
 )
 from autoprec.records.sensitivity import Method, SensitivityProfile, UnitDrop, UnitNumerics
-from autoprec.records.speed import SpeedProfile, UnitTime
+from autoprec.records.speed import Arrival, SpeedProfile, UnitTime
 from autoprec.records.verified import Check, CheckOutcome, Verification
 
 __all__ = [
     "STRICT",
     "Architecture",
+    "Arrival",
     "AuditReport",
     "AuditRow",
     "BatchFit",

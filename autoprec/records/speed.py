@@ -11,12 +11,12 @@ from autoprec.formats import Format
 from autoprec.records.figures import STRICT, Estimate, Origin
 from autoprec.records.measured import Mode
 
-__all__ = ["SpeedProfile", "UnitTime"]
+__all__ = ["Arrival", "SpeedProfile", "UnitTime"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitTime:
-    """A unit's milliseconds in one step in one format, all its calls; `backward_ms` in train mode only.
+    """A unit's milliseconds in one step in one format, all its calls, timed alone; `backward_ms` in train mode only.
 
     `ratio` is over its own FP32, timed beside it. Units of one `shape` were timed as one, so their errors go together.
     """
@@ -39,12 +39,49 @@ class UnitTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpeedProfile:
-    """Times of a model's units on a device, measured one shape at a time, and of a few whole steps.
+class Arrival:
+    """What parts add to a step: `mean` and `covariance`, first of `around`, then of each (shape, format).
 
-    `around` is a step with every unit in FP32 inside the ambient format over the plain FP32 step, and `corrections`
-    are by format what a step saves over what its units save one by one.
+    `around` is what a step with every unit in FP32 inside the ambient format takes more than the plain FP32 step, as a
+    share of that; a part's figure is what a unit takes more in the format (less: below zero), as a share of its FP32
+    time.
     """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    shapes: tuple[str, ...]
+    formats: tuple[Format, ...]
+    mean: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...]
+
+    def sum(self, shares: Mapping[tuple[str, Format], float]) -> tuple[float, float]:
+        """Return mean and standard deviation of a step's time over the reference's, less 1.
+
+        Args:
+            shares: FP32 times of the units in low formats, as shares of the reference's step, by part.
+        """
+        parts = zip(self.shapes, self.formats, strict=True)
+        weights = [1.0, *(shares.get(part, 0.0) for part in parts)]
+        mean = math.fsum(w * m for w, m in zip(weights, self.mean, strict=True))
+        variance = math.fsum(
+            w * v * c
+            for w, row in zip(weights, self.covariance, strict=True)
+            if w
+            for v, c in zip(weights, row, strict=True)
+        )
+        return mean, math.sqrt(max(variance, 0.0))
+
+    def of(self, shape: str, choice: Format) -> tuple[float, float] | None:
+        """Return mean and standard deviation of one part; None where it is not known."""
+        for index, part in enumerate(zip(self.shapes, self.formats, strict=True), start=1):
+            if part == (shape, choice):
+                return self.mean[index], math.sqrt(max(self.covariance[index][index], 0.0))
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedProfile:
+    """Times of a model's units on a device, measured one shape at a time, and what of them arrives in whole steps."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -57,49 +94,40 @@ class SpeedProfile:
     tokens: int
     formats: tuple[Format, ...]
     reference_ms: Estimate
-    around: Estimate
-    corrections: Mapping[Format, Estimate]
     times: tuple[UnitTime, ...]
+    arrival: Arrival
     seconds: float
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[str, Format | str]) -> Estimate:
-        """Return the milliseconds of (unit, format) in a step, as they count in `step_ms`; KeyError where not timed."""
+        """Return the milliseconds of (unit, format) as they count in a step; KeyError where it was not timed."""
         unit, choice = key[0], Format(key[1])
-        rows = {row.format: row for row in self.times if row.unit == unit}
-        wide, own, scale = rows[Format.FP32].step_ms, rows[choice].ratio, self._correction(choice)
-        value, low, high = (wide * (1 + scale * (r - 1)) for r in (own.value, own.low, own.high))
-        return Estimate(value, low, high, Origin.MEASURED if choice is Format.FP32 else Origin.PREDICTED)
+        wide = self._wide()[unit]
+        if choice is Format.FP32:
+            return Estimate(wide.step_ms, wide.step_ms, wide.step_ms, Origin.MEASURED)
+        known = self.arrival.of(wide.shape, choice)
+        if known is None:
+            raise KeyError(key)
+        mean, reach = known[0], 1.96 * known[1]
+        value, low, high = (wide.step_ms * max(0.0, 1 + end) for end in (mean, mean - reach, mean + reach))
+        return Estimate(value, low, high, Origin.PREDICTED)
 
     def step_ms(self, assignment: Mapping[str, Format]) -> Estimate:
         """Return the time of a step of an assignment, predicted; units without a time in a format count as in FP32.
 
-        T = T_fp32 · around + Σ correction · (t_format − t_fp32). Errors of one shape and of one format's correction go
-        together, others are independent. Not promised: borders between units cost nothing beyond their own casts.
+        Errors of one shape go together. Not promised: what else runs on the device meanwhile, and that a border between
+        two units costs other than their own casts.
         """
-        rows = {(row.unit, row.format): row for row in self.times}
-        total = self.reference_ms.value * self.around.value
-        by_shape: dict[tuple[str, Format], float] = {}
-        by_format: dict[Format, float] = {}
+        wide, shares = self._wide(), dict[tuple[str, Format], float]()
         for unit, choice in assignment.items():
-            if choice is Format.FP32 or (unit, choice) not in rows or (unit, Format.FP32) not in rows:
-                continue
-            row, wide = rows[unit, choice], rows[unit, Format.FP32].step_ms
-            scale = self._correction(choice)
-            saved = wide * (row.ratio.value - 1)
-            total += scale * saved
-            half = scale * wide * (row.ratio.high - row.ratio.low) / 2
-            by_shape[row.shape, choice] = by_shape.get((row.shape, choice), 0.0) + half
-            by_format[choice] = by_format.get(choice, 0.0) + saved
-        halves = [*by_shape.values(), self.reference_ms.value * (self.around.high - self.around.low) / 2]
-        for choice, saved in by_format.items():
-            if choice in self.corrections:
-                known = self.corrections[choice]
-                halves.append(saved * (known.high - known.low) / 2)
-        off = math.sqrt(sum(half**2 for half in halves))
-        return Estimate(total, total - off, total + off, Origin.PREDICTED)
+            if unit in wide and choice is not Format.FP32:
+                part = wide[unit].shape, choice
+                shares[part] = shares.get(part, 0.0) + wide[unit].step_ms / self.reference_ms.value
+        mean, spread = self.arrival.sum(shares)
+        reach = 1.96 * spread
+        value, low, high = (self.reference_ms.value * (1 + end) for end in (mean, mean - reach, mean + reach))
+        return Estimate(value, low, high, Origin.PREDICTED)
 
-    def _correction(self, choice: Format) -> float:
-        known = self.corrections.get(choice)
-        return known.value if known else 1.0
+    def _wide(self) -> dict[str, UnitTime]:
+        return {row.unit: row for row in self.times if row.format is Format.FP32}

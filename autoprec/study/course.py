@@ -27,12 +27,13 @@ from autoprec.records import (
     Measurement,
     Progress,
     SensitivityProfile,
+    SpeedProfile,
 )
 from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
-from autoprec.study.knowledge import drop_priors, sensitivity_of, time_priors
+from autoprec.study.knowledge import drop_priors, sensitivity_of, speed_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
 from autoprec.study.race import Answer, Spread, judge
 from autoprec.study.sampler import FrontSampler
@@ -93,6 +94,7 @@ class Course:
     confirm_seconds: float
     notes: list[str] = field(default_factory=list)
     known: SensitivityProfile | None = None
+    speed: SpeedProfile | None = None
     confirmed: tuple[Confirmed, ...] = ()
     #: why nothing was confirmed
     unconfirmed: str | None = None
@@ -124,15 +126,18 @@ class Course:
         return ledger
 
     def probe(self) -> None:
-        """Learn each unit's sensitivity; where that cannot be had, the search goes on without."""
+        """Learn each unit's sensitivity and time; where one cannot be had, the search goes on without."""
         self.news("probe", "each unit's sensitivity")
         self.known, why = sensitivity_of(
             self.workload, self.space, self.budget, self.folder, self.seed, self.tell, self.forward_seconds
         )
         if self.known:
             self.scale = self.known.scale
-        if why:
-            self.notes.append(why)
+        self.news("probe", "what each unit takes")
+        self.speed, slow = speed_of(
+            self.workload, self.space, self.budget, self.folder, self.tell, self.forward_seconds
+        )
+        self.notes += [text for text in (why, slow) if text]
 
     # measuring
 
@@ -170,18 +175,23 @@ class Course:
         return found
 
     def _tell_baselines(self) -> None:
-        """Give the study the baselines of the space as trials, so that a sampler learns from them.
+        """Give the study the baselines of the space as trials, so that a sampler learns from them."""
+        plans = {b.name: b.plan for b in self.plans.baselines}
+        for found in self.measured():
+            choices = self._standing_for(plans.get(found.name))
+            if choices is not None and found.drop is not None and found.step_ms is not None:
+                self.ledger.tell_known(choices, self._distributions, found)
+
+    def _standing_for(self, plan: Plan | None) -> dict[str, str] | None:
+        """Return the choices of the space that a baseline stands for; None where it lies outside.
 
         FP32 stands for all units in FP32: what the ambient format does beside them is little.
         """
-        plans = {b.name: b.plan for b in self.plans.baselines}
-        for found in self.measured():
-            plan = plans.get(found.name)
-            choices = self.space.of_plan(plan) if plan else None
-            if plan and choices is None and plan.formats == {Format.FP32} and not plan.tf32:
-                choices = self.space.choices(plan.assignment)
-            if choices is not None and found.drop is not None and found.step_ms is not None:
-                self.ledger.tell_known(choices, self._distributions, found)
+        if plan is None:
+            return None
+        if plan.formats == {Format.FP32} and not plan.tf32:
+            return self.space.choices(plan.assignment)
+        return self.space.of_plan(plan)
 
     @property
     def _distributions(self) -> dict[str, CategoricalDistribution]:
@@ -236,7 +246,7 @@ class Course:
         return FrontSampler(
             {d.name: d.formats for d in self.space.decisions},
             drop_priors(self.space, self.known),
-            time_priors(self.space, self.device, reference.step_ms),
+            time_priors(self.space, self.speed),
             drop_floor=_FLOOR * limit,
             corner=(_CORNER * limit, reference.step_ms),
             # the same seed again would draw what was drawn already
@@ -264,8 +274,8 @@ class Course:
         return [row.measurement for row in self.ledger.rows]
 
     def _seen(self) -> dict[_Key, Measurement]:
-        """Return what was measured of the space: trials, and the baselines that lie in it."""
-        inside = {b.name for b in self.plans.baselines if b.plan and self.space.of_plan(b.plan) is not None}
+        """Return what was measured of the space: trials, and the baselines that stand for one."""
+        inside = {b.name for b in self.plans.baselines if self._standing_for(b.plan) is not None}
         return {
             _key(row.measurement.assignment): row.measurement
             for row in self.ledger.rows

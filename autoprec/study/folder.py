@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 #: what a search writes before its first measurement, and after it
-_EARLY = {"run.lock", "device.json", "units.json", "sensitivity.json", "study.journal"}
+_EARLY = {"run.lock", "device.json", "units.json", "sensitivity.json", "speed.json", "study.journal"}
 _LATE = {"trials.csv", "result.json", "plan.json"}
 
 

@@ -1,27 +1,28 @@
-"""What a search knows before its first trial: each decision's drop, from a probe, and its time, from the device."""
+"""What a search knows before its first trial: each decision's drop and its time, from probes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from autoprec.errors import MeasurementError, StudyError
 from autoprec.files import as_json, from_json, read_json
 from autoprec.formats import Format
 from autoprec.probe.sensitivity import probe_sensitivity
+from autoprec.probe.speed import probe_speed
 from autoprec.probe.survey import pass_forwards
 from autoprec.probe.workload import Workload
-from autoprec.records import DeviceProfile, Estimate, Origin, Progress, SensitivityProfile
+from autoprec.records import Estimate, Mode, Origin, Progress, SensitivityProfile, SpeedProfile
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
 from autoprec.study.space import SearchSpace
 
-__all__ = ["drop_priors", "sensitivity_of", "time_priors"]
+__all__ = ["drop_priors", "sensitivity_of", "speed_of", "time_priors"]
 
 #: what the probe may take: no more than this share of the budget, nor than so many passes over all batches beside what
 #: it needs to begin with (a probe by itself takes four, and a search has more use for each)
 _SHARE, _SWEEPS, _BEGIN_SECONDS = 0.15, 6.0, 1.0
-#: of a step, what is the work of units; and by how much a square product's rate may be off for a unit
-_UNITS_SHARE, _OFF = 0.8, 2.0
+#: what timing units one by one may take, of the budget and in steps; and a step with its backward in forwards
+_SPEED_SHARE, _SPEED_STEPS, _BACKWARD = 0.06, 60.0, 3.0
 
 
 def sensitivity_of(
@@ -77,28 +78,51 @@ def drop_priors(space: SearchSpace, known: SensitivityProfile | None) -> dict[st
     return found
 
 
-def time_priors(
-    space: SearchSpace, device: DeviceProfile, reference_ms: float
-) -> Mapping[str, Mapping[str, Estimate]] | None:
-    """Return about what each decision takes in each format, from the rates of square products; None without rates.
+def speed_of(
+    workload: Workload,
+    space: SearchSpace,
+    budget: Budget,
+    folder: RunFolder,
+    tell: Callable[[Progress], None],
+    forward_seconds: float,
+) -> tuple[SpeedProfile | None, str | None]:
+    """Time the formats of a space unit by unit, or read what an earlier run of the folder found; None with the reason.
 
-    A step's time in FP32 is shared out by the units' weights.
+    `speed.json` is written by then. `forward_seconds` is what a forward of one batch takes.
     """
-    largest = max((rate.size for rate in device.gemm_rates), default=0)
-    rates = {rate.format: rate.tflops for rate in device.gemm_rates if rate.size == largest}
-    weights = {leaf.module: leaf.parameters for leaf in space.profile.leaves}
-    units = {unit.name: unit for unit in space.profile.units}
-    sizes = {d.name: sum(weights.get(m, 0) for u in d.units for m in units[u].modules) for d in space.decisions}
-    total = sum(sizes.values())
-    if Format.FP32 not in rates or not total:
+    formats = tuple(dict.fromkeys(f for d in space.decisions for f in d.formats if f is not Format.FP32))
+    if not formats:
+        return None, None
+    path = folder.path / "speed.json"
+    if path.exists():
+        data = read_json(path, what="speed profile", error=StudyError)
+        known = from_json(SpeedProfile, data, what=f"speed profile {path}", error=StudyError)
+        if known.fingerprint == space.profile.fingerprint and known.mode is workload.mode:
+            return known, None
+    try:
+        step = forward_seconds * (_BACKWARD if workload.mode is Mode.TRAIN else 1.0)
+        seconds = min(_SPEED_SHARE * budget.seconds, _SPEED_STEPS * step)
+        found = probe_speed(workload, formats, seconds=seconds, progress=tell)
+    except MeasurementError as error:
+        return None, f"no unit was timed by itself: {error}"
+    folder.write("speed.json", as_json(found))
+    return found, None
+
+
+def time_priors(space: SearchSpace, known: SpeedProfile | None) -> dict[str, dict[str, Estimate]] | None:
+    """Return about what each decision takes in each format: the sum over its units that were timed in it."""
+    if known is None:
         return None
+    timed = {(row.unit, row.format) for row in known.times}
     found: dict[str, dict[str, Estimate]] = {}
     for decision in space.decisions:
-        wide = _UNITS_SHARE * reference_ms * sizes[decision.name] / total
         for choice in decision.formats:
-            if choice in rates:
-                value = wide * rates[Format.FP32] / rates[choice]
-                found.setdefault(decision.name, {})[str(choice)] = Estimate(
-                    value, value / _OFF, value * _OFF, Origin.PREDICTED
-                )
+            ran = [unit for unit in decision.units if (unit, Format.FP32) in timed]
+            if not ran or not all((unit, choice) in timed for unit in ran):
+                continue
+            parts = [known[unit, choice] for unit in ran]
+            value, low, high = (
+                max(sum(ends), 0.0) for ends in zip(*((p.value, p.low, p.high) for p in parts), strict=True)
+            )
+            found.setdefault(decision.name, {})[str(choice)] = Estimate(value, low, high, Origin.PREDICTED)
     return found

@@ -1,0 +1,105 @@
+"""Times of a few whole steps beside the reference's: all units in a format, and all units of a shape."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+from autoprec.formats import Format
+from autoprec.plan import Plan
+from autoprec.probe.arrival import Part, Run
+from autoprec.probe.batches import Batch
+from autoprec.probe.clock import Clock
+from autoprec.probe.shapes import SETTLED
+from autoprec.probe.steps import Stepper, timed
+from autoprec.probe.workload import Workload
+from autoprec.records import ModelProfile, UnitTime
+from autoprec.runtime.attach import applied
+
+__all__ = ["WholeSteps", "time_steps"]
+
+#: shapes that have steps of their own, those that save or cost most
+_SHAPES = 6
+#: rounds that are made in any case, and at most
+_FEWEST, _MOST = 2, 40
+
+_Assignment = Mapping[str, Format]
+
+
+class WholeSteps:
+    """Seconds of the reference's steps and, by assignment, ratios to them."""
+
+    def __init__(self, assignments: Sequence[_Assignment]) -> None:
+        self.assignments = list(assignments)
+        self.reference_s: list[float] = []
+        self.ratios: list[list[float]] = [[] for _ in assignments]
+
+    def runs(self, times: Sequence[UnitTime]) -> Iterator[Run]:
+        """Yield what the regression reads."""
+        wide = {row.unit: row for row in times if row.format is Format.FP32}
+        step_ms = 1e3 * statistics.median(self.reference_s)
+        for assignment, ratios in zip(self.assignments, self.ratios, strict=True):
+            shares = dict[Part, float]()
+            for unit, choice in assignment.items():
+                if unit in wide:
+                    part = wide[unit].shape, choice
+                    shares[part] = shares.get(part, 0.0) + wide[unit].step_ms / step_ms
+            yield Run(shares, ratios)
+
+
+def time_steps(
+    workload: Workload, profile: ModelProfile, times: Sequence[UnitTime], ambient: Format, clock: Clock
+) -> WholeSteps:
+    """Time steps in rounds until the clock's time is spent, the order turning round from round to round."""
+    found = WholeSteps(list(_assignments(times)))
+    takes_fp8 = any(row.format is Format.FP8 for row in times)
+    wide = Plan.assign(
+        profile,
+        {u.name: Format.FP32 for u in profile.units},
+        ambient=ambient,
+        fp8_recipe="tensorwise" if takes_fp8 else None,
+        mode=workload.mode,
+    )
+    plans: list[Plan | None] = [None, *(wide.replace(dict(a)) for a in found.assignments)]
+    stepper, batch = Stepper(workload), workload.batches[0]
+    for plan in plans[:2]:
+        _step(stepper, batch, plan)  # sets up kernels and optimizer states
+    begun = clock.elapsed
+    for number in range(_MOST):
+        spent = clock.elapsed - begun
+        if number >= _FEWEST and clock.elapsed + spent / number > clock.allowed:
+            break
+        seconds = dict[int, float]()
+        order = list(range(len(plans)))
+        for index in order if number % 2 == 0 else reversed(order):
+            seconds[index] = _step(stepper, batch, plans[index])
+        found.reference_s.append(seconds[0])
+        for index, ratios in enumerate(found.ratios, start=1):
+            ratios.append(seconds[index] / seconds[0])
+    return found
+
+
+def _assignments(times: Sequence[UnitTime]) -> Iterator[_Assignment]:
+    """Yield what is worth a step: nothing low, all units in a format, all units of a shape in it.
+
+    What is far slower than FP32 alone is not made slow in a step, too.
+    """
+    yield {}
+    quick = [row for row in times if row.format is not Format.FP32 and row.ratio.value <= SETTLED]
+    groups: dict[Part, list[UnitTime]] = {}
+    for row in quick:
+        groups.setdefault((row.shape, row.format), []).append(row)
+    for choice in dict.fromkeys(row.format for row in quick):
+        yield {row.unit: choice for row in quick if row.format is choice}
+    weights = {part: abs(sum(row.step_ms * (1 - 1 / row.ratio.value) for row in rows)) for part, rows in groups.items()}
+    for part in sorted(groups, key=lambda part: -weights[part])[:_SHAPES]:
+        yield {row.unit: row.format for row in groups[part]}
+
+
+def _step(stepper: Stepper, batch: Batch, plan: Plan | None) -> float:
+    """Return the seconds of one step under a plan, with its loss scale, or of the reference."""
+    own = stepper.scaled(plan.grad_scaler) if plan and plan.grad_scaler else stepper
+    with applied(stepper.workload.model, plan) if plan else contextlib.nullcontext():
+        return timed(stepper.device, partial(own.run, batch))[0]
