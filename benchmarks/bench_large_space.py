@@ -14,8 +14,8 @@ FrontSampler's prior of drops is one `probe_sensitivity`: of the 256 tokens them
 `bench_sampler.py`, whose reference point (the worst drop and time of the uniform plans) and floor are used.
 
 Measured drops are kept in `benchmarks/truths/large-smollm2.jsonl`, an assignment a line; what is there is not
-measured again. `--fill` measures for so many minutes and writes no result; several processes may fill, each starting
-with another of the `--seeds` (`--first`).
+measured again. `--fill` measures what Optuna's samplers ask for, for so many minutes, and writes no result; several
+processes may fill, each starting with another of the seeds (`--first`).
 """
 
 from __future__ import annotations
@@ -167,13 +167,18 @@ def probed(novel: str, batches: int, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def courses(problem: Problem, seed: int) -> Iterator[tuple[str, list[tuple[float, float]], float]]:
-    """Yield each sampler's values in their order, and the sampler's seconds a trial."""
+def courses(problem: Problem, seed: int, *, fill: bool) -> Iterator[tuple[str, list[tuple[float, float]], float]]:
+    """Yield each sampler's values in their order, and the sampler's seconds a trial; to fill, Optuna's alone.
+
+    These propose the same again for the same drops; a probe ends by the clock, and ours with it.
+    """
+    for kind in KINDS:
+        yield kind, *run(problem, rivals(seed)[kind](), RIVALS[-1])
+    if fill:
+        return
     for label, novel, batches in (("same tokens", "sense_and_sensibility", 1), ("another novel", "emma", 8)):
         prior = probed(novel, batches, seed)
         yield f"FrontSampler, probe of {label}", *run(problem, ours(problem, prior, seed), OURS[-1])
-    for kind in KINDS:
-        yield kind, *run(problem, rivals(seed)[kind](), RIVALS[-1])
 
 
 def judged(problem: Problem, found: dict[int, dict[str, list[tuple[float, float]]]]) -> dict[str, Any]:
@@ -232,7 +237,7 @@ def main() -> None:
         try:
             for seed in [(asked.first + i) % asked.seeds for i in range(asked.seeds)]:
                 begun = time.monotonic()
-                for kind, values, each in courses(problem, seed):
+                for kind, values, each in courses(problem, seed, fill=asked.fill is not None):
                     found.setdefault(seed, {})[kind] = values
                     lasting[kind] = max(lasting.get(kind, 0.0), each)
                     volume, spent = problem.volume(values), time.monotonic() - begun
