@@ -176,10 +176,7 @@ def _measure(workload: Workload, survey: Survey, findings: dict[Format, Findings
     Returns the drop of what the ambient format alone does: nought where all products are those of units.
     """
     base, clock, emulate = survey.base, survey.clock, survey.emulate
-    around = 0.0
-    first = measured_drops(one_example_of(workload), [base], emulate=emulate)[0]
-    if (first is None or first.value > 0) and (whole := measured_drops(workload, [base], emulate=emulate)[0]):
-        around = whole.value
+    around = _around(workload, survey)
     for choice, found in findings.items():
         cut = [u for u in survey.profile.units if choice in u.formats and u.name in survey.cut]
         if cut:
@@ -191,6 +188,20 @@ def _measure(workload: Workload, survey: Survey, findings: dict[Format, Findings
     for row, drop in zip(rows, measured_drops(workload, plans, emulate=emulate) if plans else [], strict=True):
         row.direct = drop and _without(drop, around)
     return around
+
+
+def _around(workload: Workload, survey: Survey) -> float:
+    """Return the drop of the ambient format alone, on as many batches as there is time for, or one example."""
+    example = one_example_of(workload)
+    first = measured_drops(example, [survey.base], emulate=survey.emulate)[0]
+    if first is not None and first.value == 0:
+        return 0.0
+    each = 2 * survey.each_seconds / survey.steps  # the reference, and the plan
+    count = int((survey.clock.allowed - survey.clock.elapsed) / each)
+    if count < 1:
+        return first.value if first else 0.0
+    more = measured_drops(workload.with_batches(workload.batches[:count]), [survey.base], emulate=survey.emulate)[0]
+    return more.value if more else 0.0
 
 
 def _without(drop: Ratio, around: float) -> Ratio:
