@@ -1,6 +1,6 @@
 """FP8 plans beside NVIDIA ModelOpt's: KL on unseen tokens at the same share of FP8 weights, and CPU time of the search.
 
-    MODELOPT_PYTHON=/path/to/bin/python python benchmarks/bench_modelopt.py [--seeds 3] [--seconds 28]
+    MODELOPT_PYTHON=/path/to/bin/python python benchmarks/bench_modelopt.py [--seeds 3] [--seconds 20]
 
 $MODELOPT_PYTHON is the interpreter of an environment of its own with nvidia-modelopt 0.47, torch and transformers as in
 constraints.txt, and requests, which ModelOpt needs and does not declare.
@@ -8,20 +8,22 @@ constraints.txt, and requests, which ModelOpt needs and does not declare.
 Both choose which linear layers of SmolLM2-135M but the head compute in FP8, from the same 4,096 tokens of an Austen
 novel, on one thread. ModelOpt: `auto_quantize` by gradients, FP8 or nothing for each of its groups (q k v, output,
 gate and up, down), to 12 effective bits, then solved again to 10 from the same scores. Its bits count FP32 as 16, and
-the head, which is switched off, too: what is compared is the number of weights in FP8. Ours: `probe_sensitivity` of the
-same groups, as the space `modules` cuts units, and from the exact predicted front, weights outside FP8 in the place of
-time, the assignment of the least predicted drop that has at least as many weights in FP8. CPU time is that of the
-process and its children from the loaded model to both plans.
+the head, which is switched off, too: what is compared is the number of weights in FP8. Ours: `probe_sensitivity` of
+every layer as a unit, and from the exact predicted front, weights outside FP8 in the place of time, the assignment of
+the least predicted drop that has at least as many weights in FP8. CPU time is that of the process and its children
+from the loaded model to both plans; the probe's clock is set to it, so that other processes do not matter.
 
 Plans are judged by one plain arithmetic that is neither's: weight and input of each FP8 layer are rounded to E4M3 with
-one scale a tensor (448 over the largest magnitude), all else is FP32; KL against FP32, in FP64, over windows
-of 512 tokens of another novel.
+one scale a tensor (448 over the largest magnitude), all else is FP32; KL against FP32, in FP64, over windows of 512
+tokens of another novel. Beside them, in hindsight: what drops probed at length on that other novel would have chosen,
+among single layers and among ModelOpt's groups. No choice by sums of drops can be expected to do better than these.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -31,11 +33,15 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from autoprec.records import ModelProfile
 
 PLACE = Path(os.environ.get("AUTOPREC_MODELS") or Path(__file__).resolve().parent.parent / ".models")
 SEEN, UNSEEN = "sense_and_sensibility", "pride_and_prejudice"
@@ -44,6 +50,7 @@ SEARCHED, JUDGED = (32, 128), (8, 512)
 #: windows in a batch: the fewer calls the faster for ModelOpt; ours may end with some batches only
 THEIRS, OURS = 4, 2
 BITS = (12.0, 10.0)
+HINDSIGHT_SECONDS = 120.0
 LARGEST = 448.0  # of E4M3
 
 
@@ -81,7 +88,7 @@ def search_modelopt() -> dict[str, Any]:
     import modelopt.torch.quantization as mtq
 
     model, batches = load(), windows(SEEN, *SEARCHED).split(THEIRS)
-    begun, wall = cpu_seconds(), time.monotonic()
+    begun, wall = cpu_seconds(), time.perf_counter()
     model, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": BITS[0]},
@@ -94,7 +101,7 @@ def search_modelopt() -> dict[str, Any]:
         disabled_layers=["*lm_head*"],
     )
     configs = [mtq.get_auto_quantize_config(state), mtq.get_auto_quantize_config(state, {"effective_bits": BITS[1]})]
-    spent, wall = cpu_seconds() - begun, time.monotonic() - wall
+    spent, wall = cpu_seconds() - begun, time.perf_counter() - wall
     plans = []
     for config in configs:
         on = {e["quantizer_name"] for e in config["quant_cfg"] if e.get("enable", True)}
@@ -102,7 +109,7 @@ def search_modelopt() -> dict[str, Any]:
     return {"version": modelopt.__version__, "cpu_s": spent, "wall_s": wall, "plans": plans}
 
 
-def search_ours(least: Sequence[int], seconds: float, seed: int) -> dict[str, Any]:
+def search_ours(least: Sequence[int], novel: str, grouped: bool, seconds: float, seed: int) -> dict[str, Any]:
     """Probe, and choose for each number of weights in FP8 the least predicted drop; return the plans and their cost."""
     from autoprec import Workload, probe_sensitivity, probe_units
     from autoprec.formats import Format
@@ -111,11 +118,11 @@ def search_ours(least: Sequence[int], seconds: float, seed: int) -> dict[str, An
     from autoprec.study.space import split_units
 
     model = load()
-    batches = [{"input_ids": part} for part in windows(SEEN, *SEARCHED).split(OURS)]
-    begun, wall = cpu_seconds(), time.monotonic()
-    profile = split_units(probe_units(model))
-    workload = Workload(model, batches, mode="infer")
-    probed = probe_sensitivity(workload, ("fp8",), seconds=seconds, seed=seed, cache=False, units=profile)
+    workload = Workload(model, [{"input_ids": b} for b in windows(novel, *SEARCHED).split(OURS)], mode="infer")
+    begun, wall = cpu_seconds(), time.perf_counter()
+    profile = split_units(probe_units(model)) if grouped else every_layer(probe_units(model))
+    with mock.patch("time.monotonic", time.process_time):
+        probed = probe_sensitivity(workload, ("fp8",), seconds=seconds, seed=seed, cache=False, units=profile)
     sizes = {n: m.weight.numel() for n, m in linears(model).items()}
     units = []
     for unit in profile.units:
@@ -130,16 +137,15 @@ def search_ours(least: Sequence[int], seconds: float, seed: int) -> dict[str, An
         low = {n for n, f in front.assignment(index).items() if f is Format.FP8}
         plans.append([m for unit in profile.units if unit.name in low for m in unit.modules])
         drops.append(float(front.drop[index]))
-    spent, wall = cpu_seconds() - begun, time.monotonic() - wall
-    return {
-        "cpu_s": spent,
-        "wall_s": wall,
-        "plans": plans,
-        "predicted": drops,
-        "exact": front.exact,
-        "passes": probed.passes,
-        "notes": probed.notes,
-    }
+    spent, wall = cpu_seconds() - begun, time.perf_counter() - wall
+    found = {"cpu_s": spent, "wall_s": wall, "plans": plans, "predicted": drops}
+    return found | {"exact": front.exact, "passes": probed.passes, "notes": probed.notes}
+
+
+def every_layer(profile: ModelProfile) -> ModelProfile:
+    """Return the profile with every layer a unit of its own."""
+    units = [dataclasses.replace(u, name=m, modules=(m,)) for u in profile.units for m in u.modules]
+    return dataclasses.replace(profile, units=tuple(units))
 
 
 def rounded(values: Tensor) -> Tensor:
@@ -167,14 +173,19 @@ def in_fp8(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 @torch.no_grad()
 def divergences(model: nn.Module, plans: Sequence[Collection[str]], tokens: Tensor) -> list[list[float]]:
     """Return for each plan its KL in nats a token, by window."""
-    found: list[list[float]] = [[] for _ in plans]
-    for window in tokens.split(1):
-        reference = model(input_ids=window).logits.double().log_softmax(-1)
-        for plan, own in zip(plans, found, strict=True):
-            with in_fp8(model, plan):
-                other = model(input_ids=window).logits.double().log_softmax(-1)
-            own.append(float((reference.exp() * (reference - other)).sum(-1).mean()))
+    references = [model(input_ids=window).logits for window in tokens.split(1)]
+    found = []
+    for plan in plans:
+        with in_fp8(model, plan):
+            found.append(
+                [_divergence(r, model(input_ids=w).logits) for r, w in zip(references, tokens.split(1), strict=True)]
+            )
     return found
+
+
+def _divergence(reference: Tensor, other: Tensor) -> float:
+    log_p, log_q = (x.double().log_softmax(-1) for x in (reference, other))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def apart(search: str, *options: str, python: str = sys.executable) -> dict[str, Any]:
@@ -191,62 +202,50 @@ def main() -> None:
     """Run both searches, judge their plans, and write the result; or run one search alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=28.0, help="allowed to our probe")
-    parser.add_argument("--search", choices=["modelopt", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds allowed to our probe")
+    parser.add_argument("--search", choices=["modelopt", "layers", "groups"], help=argparse.SUPPRESS)
+    parser.add_argument("--novel", default=SEEN, help=argparse.SUPPRESS)
     parser.add_argument("--least", type=int, nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    if asked.search:
-        found = search_modelopt() if asked.search == "modelopt" else search_ours(asked.least, asked.seconds, asked.seed)
+    if asked.search == "modelopt":
+        asked.out.write_text(json.dumps(search_modelopt()))
+    elif asked.search:
+        found = search_ours(asked.least, asked.novel, asked.search == "groups", asked.seconds, asked.seed)
         asked.out.write_text(json.dumps(found))
-        return
-    python = os.environ.get("MODELOPT_PYTHON")
-    if not python:
-        raise SystemExit(
-            "MODELOPT_PYTHON is not set; it is the interpreter of an environment with nvidia-modelopt 0.47"
-        )
+    else:
+        compared(asked.seeds, asked.seconds)
+
+
+def compared(seeds: int, seconds: float) -> None:
+    """Run both searches and those in hindsight, judge all plans, and write the result."""
     from record import write_result
 
+    python = os.environ.get("MODELOPT_PYTHON")
+    if not python:
+        raise SystemExit("MODELOPT_PYTHON is not set; it is the Python of an environment with nvidia-modelopt 0.47")
+    theirs = apart("modelopt", python=python)
     model = load()
     sizes = {n: m.weight.numel() for n, m in linears(model).items()}
-    theirs = apart("modelopt", python=python)
-    least = [sum(sizes[n] for n in plan) for plan in theirs["plans"]]
-    common = ("--least", *map(str, least), "--seconds", str(asked.seconds))
-    own = [apart("ours", *common, "--seed", str(seed)) for seed in range(asked.seeds)]
-    searches = [theirs, *own]
-    unseen, seen = windows(UNSEEN, *JUDGED), windows(SEEN, *SEARCHED).reshape(-1, JUDGED[1])
-    every = [plan for search in searches for plan in search["plans"]]
-    judged = {"unseen": divergences(model, every, unseen), "searched": divergences(model, every, seen)}
-    write_result("modelopt-smollm2", figures(searches, sizes, judged, asked.seconds))
-
-
-def figures(
-    searches: Sequence[dict[str, Any]], sizes: dict[str, int], judged: dict[str, list[list[float]]], seconds: float
-) -> dict[str, Any]:
-    """Return what is written: by effective bits the plans of both, and CPU seconds."""
-    theirs, *own = searches
-    table = {}
-    for index, bits in enumerate(BITS):
-        at = [index + len(BITS) * i for i in range(len(searches))]
-        rows = []
-        for place, search in zip(at, searches, strict=True):
-            drops, first = judged["unseen"][place], judged["unseen"][at[0]]
-            rows.append(
-                {
-                    "layers": len(search["plans"][index]),
-                    "share of weights": round(sum(sizes[n] for n in search["plans"][index]) / sum(sizes.values()), 4),
-                    "kl unseen": statistics.mean(drops),
-                    "kl searched tokens": statistics.mean(judged["searched"][place]),
-                    "kl by unseen window": [round(d, 6) for d in drops],
-                    "over ModelOpt's": round(statistics.mean(drops) / statistics.mean(first), 4),
-                    "by window": [round(a / b, 3) for a, b in zip(drops, first, strict=True)],
-                }
-                | ({"predicted": search["predicted"][index]} if "predicted" in search else {})
-            )
-        table[f"{bits:g} bits"] = {"ModelOpt": rows[0], "ours, by seed": rows[1:]}
-    return {
+    least = ("--least", *(str(sum(sizes[n] for n in plan)) for plan in theirs["plans"]))
+    searches = {"ModelOpt": theirs}
+    for seed in range(seeds):
+        searches[f"ours, seed {seed}"] = apart("layers", *least, "--seconds", str(seconds), "--seed", str(seed))
+    for kind in ("layers", "groups"):
+        found = apart(kind, *least, "--seconds", str(HINDSIGHT_SECONDS), "--novel", UNSEEN)
+        searches[f"in hindsight, of {kind}"] = found
+    plans = [plan for search in searches.values() for plan in search["plans"]]
+    unseen = divergences(model, plans, windows(UNSEEN, *JUDGED))
+    seen = divergences(model, plans, windows(SEEN, *SEARCHED).reshape(-1, JUDGED[1]))
+    table: dict[str, Any] = {f"{bits:g} bits": {} for bits in BITS}
+    for index, name in enumerate(searches):
+        for at, bits in enumerate(BITS):
+            place = len(BITS) * index + at
+            table[f"{bits:g} bits"][name] = row(searches[name], at, sizes, (unseen[place], unseen[at]), seen[place])
+    own = [search for name, search in searches.items() if name.startswith("ours")]
+    figures = {
         "model": "SmolLM2-135M-Instruct",
         "modelopt": theirs["version"],
         "tokens searched": SEARCHED[0] * SEARCHED[1],
@@ -255,9 +254,27 @@ def figures(
         "cpu_s": {"ModelOpt": round(theirs["cpu_s"], 1), "ours": [round(s["cpu_s"], 1) for s in own]},
         "wall_s": {"ModelOpt": round(theirs["wall_s"], 1), "ours": [round(s["wall_s"], 1) for s in own]},
         "cpu over ModelOpt's": [round(s["cpu_s"] / theirs["cpu_s"], 3) for s in own],
-        "probe": {"seconds allowed": seconds, "passes": [s["passes"] for s in own], "notes": own[0]["notes"]},
-        "front exact": all(s["exact"] for s in own),
+        "probe": {"cpu_s allowed": seconds, "passes": [s["passes"] for s in own], "notes": own[0]["notes"]},
+        "fronts exact": all(s["exact"] for s in searches.values() if s is not theirs),
     }
+    print(json.dumps(figures, indent=1), file=sys.stderr)
+    write_result("modelopt-smollm2", figures)
+
+
+def row(
+    search: dict[str, Any], at: int, sizes: dict[str, int], unseen: tuple[list[float], list[float]], seen: list[float]
+) -> dict[str, Any]:
+    """Return what is written of a plan; `unseen`: its drops by window, and those of ModelOpt's plan."""
+    plan, (own, theirs) = search["plans"][at], unseen
+    found = {
+        "layers": len(plan),
+        "share of weights": round(sum(sizes[n] for n in plan) / sum(sizes.values()), 4),
+        "kl unseen": round(statistics.mean(own), 6),
+        "over ModelOpt's": round(statistics.mean(own) / statistics.mean(theirs), 4),
+        "over ModelOpt's, by window": [round(a / b, 3) for a, b in zip(own, theirs, strict=True)],
+        "kl searched tokens": round(statistics.mean(seen), 6),
+    }
+    return found | ({"kl predicted": round(search["predicted"][at], 6)} if "predicted" in search else {})
 
 
 if __name__ == "__main__":
