@@ -317,6 +317,8 @@ def test_the_recommended_plan_comes_first_or_beside_the_space(tmp_path: Path, mo
 def test_modules_are_searched_apart(tmp_path: Path) -> None:
     result = search(workload(), budget=300, trials=2, space="modules", out=tmp_path / "run")
     assert "blocks.0.attention.in" in result.baselines[0].assignment
+    probed = json.loads((tmp_path / "run" / "sensitivity.json").read_text())
+    assert {"blocks.0.attention.in", "blocks.0.attention.out"} <= {row["unit"] for row in probed["drops"]}
     assert {"blocks.1.ffn.in", "blocks.1.ffn.out"} <= set(table(tmp_path / "run")[0])
 
 

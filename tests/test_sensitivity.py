@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from autoprec.errors import DataError, MeasurementError, UsageError
 from autoprec.files import as_json, from_json
 from autoprec.formats import Format
 from autoprec.probe import clock, sensitivity, survey
+from autoprec.probe.compare import Ratio
 from autoprec.probe.direct import measured_drops
 from autoprec.records import Method, Mode, Origin, Progress, SensitivityProfile, UnitNumerics
+from autoprec.study.space import split_units
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # bitsandbytes and PEFT import torch.jit
@@ -150,6 +153,39 @@ def test_origins_tell_prediction_from_measurement() -> None:
     for row, truth in zip(long.drops, true_drops(bare_workload(), long), strict=True):
         assert row.drop.value == pytest.approx(truth, rel=1e-6)
         assert "measured alone" in row.reason
+
+
+def test_units_cut_otherwise_are_probed_as_they_are_cut() -> None:
+    workload = bare_workload()
+    whole, parts = probe_units(workload.model), split_units(probe_units(workload.model))
+    profile = probe_sensitivity(workload, ["fp8"], units=parts)
+    assert [d.unit for d in profile.drops] == [u.name for u in parts.units if "fp8" in u.formats]
+    base = Plan.assign(parts, {u.name: "fp32" for u in parts.units}, ambient=profile.ambient, mode="infer")
+    true = measured_drops(workload, [base.replace({d.unit: "fp8"}) for d in profile.drops], emulate=True)
+    for row, drop in zip(profile.drops, true, strict=True):
+        # three batches of 64 positions of a random model: single units are up to 3 times off
+        assert drop and row.predicted and abs(math.log(row.predicted / drop.value)) < math.log(4)
+    assert {d.unit for d in probe_sensitivity(workload, ["fp8"]).drops} <= {u.name for u in whole.units}, (
+        "not from cache"
+    )
+
+
+def test_what_the_ambient_format_does_is_measured_in_the_time_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def spy(workload: Workload, plans: Sequence[Plan], *, emulate: bool) -> list[Ratio | None]:
+        seen.append(len(workload.batches))
+        return measured_drops(workload, plans, emulate=emulate)
+
+    monkeypatch.setattr(sensitivity, "measured_drops", spy)
+    workload = bare_workload(batches=6)
+    whole = probe_units(workload.model)
+    layers = tuple(dataclasses.replace(u, name=m, modules=(m,)) for u in whole.units for m in u.modules)
+    alone = dataclasses.replace(whole, units=layers)  # the product of queries and keys is no layer's then
+    short = probe_sensitivity(workload, ["fp8"], units=alone, seconds=0.3, cache=False)
+    assert short.ambient_drop > 0 and max(seen) < 6
+    long = probe_sensitivity(workload, ["fp8"], units=alone, seconds=9, cache=False)
+    assert long.ambient_drop > 0 and max(seen) == 6
 
 
 def test_seeds_give_the_same_again_and_other_labels() -> None:

@@ -19,7 +19,7 @@ from autoprec.errors import AutoprecError
 from autoprec.files import as_json, from_json, read_json, write_json
 from autoprec.probe.steps import device_of
 from autoprec.probe.workload import Workload
-from autoprec.records import SensitivityProfile
+from autoprec.records import ModelProfile, SensitivityProfile
 from autoprec.runtime.identity import fingerprint, weights_digest
 
 __all__ = ["ResultCache", "cache_folder", "device_name"]
@@ -47,8 +47,8 @@ class ResultCache:
     data: str
 
     @classmethod
-    def of(cls, workload: Workload, seconds: float | None, seed: int) -> ResultCache | None:
-        """Return the place of a workload's results, of probes that were allowed so many seconds.
+    def of(cls, workload: Workload, units: ModelProfile, seconds: float | None, seed: int) -> ResultCache | None:
+        """Return the place of a workload's results, of probes of some units that were allowed so many seconds.
 
         None where a function of the user's decides figures: nothing tells whether it is the same the next time.
         """
@@ -60,6 +60,7 @@ class ResultCache:
             "torch": torch.__version__,
             "device": device_name(device_of(workload.model)),
             "model": fingerprint(workload.model),
+            "units": {u.name: u.modules for u in units.units},
             "weights": weights,
             "data": data,
             "task": str(workload.task),

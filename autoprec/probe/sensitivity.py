@@ -33,7 +33,7 @@ from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.survey import Survey
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
-from autoprec.records import Mode, Progress, SensitivityProfile, UnitDrop
+from autoprec.records import Mode, ModelProfile, Progress, SensitivityProfile, UnitDrop
 from autoprec.runtime.fp8 import fp8_missing
 from autoprec.runtime.identity import canonical_modules, weights_digest
 
@@ -49,6 +49,7 @@ def probe_sensitivity(
     seconds: float | None = None,
     seed: int = 0,
     cache: bool = True,
+    units: ModelProfile | None = None,
     progress: News | None = None,
 ) -> SensitivityProfile:
     """Return for each unit and format the drop it would cause alone, with its 95 % interval and how it was got.
@@ -62,6 +63,7 @@ def probe_sensitivity(
         seed: of the directions that are drawn, and of the order of batches.
         cache: read and write the user's cache of results, by weights, data, torch, device, time allowed
             and format; not where the workload has a loss or outputs function of its own.
+        units: the model's units where they are cut otherwise than `probe_units` does, as a search space's `profile`.
         progress: called with news as they come.
 
     Returns:
@@ -76,12 +78,13 @@ def probe_sensitivity(
     clock, wanted = Clock(time.monotonic()), _parse(formats)
     if seconds is not None:
         clock.allowed = seconds
-    kept = ResultCache.of(workload, seconds, seed) if cache else None
+    units = units or probe_units(workload.model, model_id=workload.model_id)
+    kept = ResultCache.of(workload, units, seconds, seed) if cache else None
     known = kept.read() if kept else None
     missing = [f for f in wanted if known is None or f not in known.formats]
     if known is not None and not missing:
         return _only(known, wanted)
-    found = _probe(workload, missing, clock, seed, kept, progress or (lambda news: None))
+    found = _probe(workload, missing, units, clock, seed, kept, progress or (lambda news: None))
     whole = found if known is None else _joined(known, found)
     return _only(kept.keep(whole) if kept else whole, wanted)
 
@@ -98,10 +101,16 @@ def _parse(formats: Sequence[Format | str]) -> tuple[Format, ...]:
 
 
 def _probe(
-    workload: Workload, formats: Sequence[Format], clock: Clock, seed: int, kept: ResultCache | None, tell: News
+    workload: Workload,
+    formats: Sequence[Format],
+    profile: ModelProfile,
+    clock: Clock,
+    seed: int,
+    kept: ResultCache | None,
+    tell: News,
 ) -> SensitivityProfile:
     model, device = workload.model, device_of(workload.model)
-    profile, modules = probe_units(model, model_id=workload.model_id), canonical_modules(model)
+    modules = canonical_modules(model)
     old = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
     ambient = Format.FP16 if old else Format.BF16
     emulate = fp8_missing(device) is not None
@@ -167,10 +176,7 @@ def _measure(workload: Workload, survey: Survey, findings: dict[Format, Findings
     Returns the drop of what the ambient format alone does: nought where all products are those of units.
     """
     base, clock, emulate = survey.base, survey.clock, survey.emulate
-    around = 0.0
-    first = measured_drops(one_example_of(workload), [base], emulate=emulate)[0]
-    if (first is None or first.value > 0) and (whole := measured_drops(workload, [base], emulate=emulate)[0]):
-        around = whole.value
+    around = _around(workload, survey)
     for choice, found in findings.items():
         cut = [u for u in survey.profile.units if choice in u.formats and u.name in survey.cut]
         if cut:
@@ -182,6 +188,20 @@ def _measure(workload: Workload, survey: Survey, findings: dict[Format, Findings
     for row, drop in zip(rows, measured_drops(workload, plans, emulate=emulate) if plans else [], strict=True):
         row.direct = drop and _without(drop, around)
     return around
+
+
+def _around(workload: Workload, survey: Survey) -> float:
+    """Return the drop of the ambient format alone, on as many batches as there is time for, or one example."""
+    example = one_example_of(workload)
+    first = measured_drops(example, [survey.base], emulate=survey.emulate)[0]
+    if first is not None and first.value == 0:
+        return 0.0
+    each = 2 * survey.each_seconds / survey.steps  # the reference, and the plan
+    count = int((survey.clock.allowed - survey.clock.elapsed) / each)
+    if count < 1:
+        return first.value if first else 0.0
+    more = measured_drops(workload.with_batches(workload.batches[:count]), [survey.base], emulate=survey.emulate)[0]
+    return more.value if more else 0.0
 
 
 def _without(drop: Ratio, around: float) -> Ratio:

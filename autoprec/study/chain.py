@@ -160,7 +160,8 @@ class Chain:
             padded = np.concatenate([table, np.full((axes, 1, width), np.inf)], axis=1)  # row -1: no way in
             cost = np.stack([step.time_ms, step.drop, step.bytes][:axes])
             grown = (padded[:, step.before] + cost[..., None]).reshape(axes, len(step.before), -1)
-            order = np.argsort(grown[0], axis=1, kind="stable")
+            # by time, of equal ones the least drop first: units of one shape have equal times, and one of them will do
+            order = np.lexsort((grown[1], grown[0]), axis=1)
             grown = np.take_along_axis(grown, order[None], axis=2)
             keep = _staircase(grown[:2]) if not memory else np.stack([unbeaten(grown[:, k]) for k in range(len(order))])
             keep &= np.isfinite(grown[0])

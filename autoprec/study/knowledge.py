@@ -50,7 +50,7 @@ def sensitivity_of(
     sweep = len(workload.batches) * forward_seconds * pass_forwards(len(formats))
     seconds = min(_SHARE * budget.seconds, _BEGIN_SECONDS + _SWEEPS * sweep)
     try:
-        found = probe_sensitivity(workload, formats, seconds=seconds, seed=seed, progress=tell)
+        found = probe_sensitivity(workload, formats, seconds=seconds, seed=seed, units=space.profile, progress=tell)
     except MeasurementError as error:
         return None, f"no sensitivity was probed: {error}"
     folder.write("sensitivity.json", as_json(found))
