@@ -20,10 +20,13 @@ from autoprec.errors import AutoprecError, DataError
 
 if TYPE_CHECKING:
     from autoprec.probe.workload import Workload
-    from autoprec.records import DeviceProfile, ModelProfile, SensitivityProfile
+    from autoprec.records import DeviceProfile, ModelProfile, SensitivityProfile, SpeedProfile
     from autoprec.report.progress import News
 
 __all__ = ["command"]
+
+#: what timing may take: half of what the probe of times takes by itself
+_SPEED_SECONDS = 15.0
 
 
 @click.command("probe")
@@ -32,11 +35,12 @@ __all__ = ["command"]
 @device_option
 @json_option
 def command(model: str | None, device: str, trust_remote_code: bool, as_json: bool, **workload: Any) -> None:
-    """Measure this device and each layer's sensitivity.
+    """Measure this device, and each layer's sensitivity and time.
 
     MODEL is a Hugging Face id or local folder, 'demo', or file.py:function
     returning a Workload or nn.Module. Each of its units is listed with the
-    drop that each format would cause there alone, most sensitive first.
+    drop that each format would cause there alone, most sensitive first, and
+    then with the time it takes in each format, and why one does not pay.
     Results are kept, so that asking again takes seconds; what was measured of
     the device is what recommend takes for its name from then on. With the
     name of a device that is not here, what is known of it is shown and where
@@ -45,9 +49,9 @@ def command(model: str | None, device: str, trust_remote_code: bool, as_json: bo
     from autoprec.files import as_json as plain_data
     from autoprec.probe.device import probe_device
     from autoprec.report.progress import News
-    from autoprec.report.terminal import print_device, print_paths, print_sensitivity, print_units
+    from autoprec.report.terminal import print_device, print_paths, print_sensitivity, print_speed, print_units
 
-    units = found = None
+    units = found = times = None
     with quiet(), News(errors_console()) as news:
         news.doing("Probing the device")
         profile = probe_device(device)
@@ -55,7 +59,7 @@ def command(model: str | None, device: str, trust_remote_code: bool, as_json: bo
         kept = _keep(profile, news) if here else None
         if model is not None:
             options = {"trust_remote_code": trust_remote_code, **workload}
-            units, found = _probe_model(model, device, profile, options, news)
+            units, found, times = _probe_model(model, device, profile, options, news)
     if as_json:
         if kept is not None:
             click.echo(f"Kept the measured profile in {kept}", err=True)
@@ -65,6 +69,7 @@ def command(model: str | None, device: str, trust_remote_code: bool, as_json: bo
                 "device": plain_data(profile),
                 "model": None if units is None else plain_data(units),
                 "sensitivity": None if found is None else plain_data(found),
+                "speed": None if times is None else plain_data(times),
             }
         )
         return
@@ -78,14 +83,17 @@ def command(model: str | None, device: str, trust_remote_code: bool, as_json: bo
     if units is not None and found is not None:
         console.print()
         print_sensitivity(console, found, units.units)
-        if found.file:
-            print_paths(console, {"as JSON": found.file})
+    if times is not None:
+        console.print()
+        print_speed(console, times)
+    if found is not None and found.file:
+        print_paths(console, {"sensitivity as JSON": found.file})
 
 
 def _probe_model(
     model: str, device: str, profile: DeviceProfile, options: dict[str, Any], news: News
-) -> tuple[ModelProfile, SensitivityProfile | None]:
-    """Return the units, and their sensitivity where the model can be run here on the data."""
+) -> tuple[ModelProfile, SensitivityProfile | None, SpeedProfile | None]:
+    """Return the units, and their sensitivity and times where the model can be run here on the data."""
     from autoprec.probe.units import probe_units
     from autoprec.probe.workload import Workload
 
@@ -106,14 +114,38 @@ def _probe_model(
         described, note = described_model(model, trust_remote_code=options["trust_remote_code"])
         if note:
             news.say(note)
-        return described, None
+        return described, None, None
     if not isinstance(runnable, Workload):  # a module, and nothing to run it on
-        return probe_units(runnable, model_id=model), None
+        return probe_units(runnable, model_id=model), None, None
     for note in runnable.notes:
         news.say(note)
     units = probe_units(runnable.model, model_id=model)
     news.doing(f"Probing the {len(units.units)} units of {model}")
-    return units, _sensitivity(runnable, profile, news)
+    return units, *_measured(runnable, profile, news, here=_is_here(device))
+
+
+def _measured(
+    workload: Workload, profile: DeviceProfile, news: News, *, here: bool
+) -> tuple[SensitivityProfile, SpeedProfile | None]:
+    """Probe BF16, FP8, and FP16 where the device has it: drops, and times where the device is here.
+
+    Gradients too, where there is something to train towards.
+    """
+    from autoprec.formats import Format
+    from autoprec.probe.sensitivity import probe_sensitivity
+    from autoprec.probe.speed import probe_speed
+    from autoprec.records import Mode, Support
+
+    if workload.mode is Mode.TRAIN and not _has_loss(workload):
+        news.say("There is nothing to train towards in these batches, so gradients are not probed.")
+        workload = workload.with_mode(Mode.INFER)
+    half = [Format.FP16] if profile.supports(Format.FP16) is Support.NATIVE else []
+    formats = [Format.BF16, *half, Format.FP8]
+    found = probe_sensitivity(workload, formats, progress=news)
+    if not here:
+        return found, None
+    news.doing("Timing one unit of each shape")
+    return found, probe_speed(workload, formats, seconds=_SPEED_SECONDS, progress=news)
 
 
 def _keep(profile: DeviceProfile, news: News) -> Path | None:
@@ -143,19 +175,6 @@ def _runnable(model: str, device: str, options: dict[str, Any]) -> Any:
     if made is not None and not isinstance(made, Workload):
         return made
     return build_workload(model, device=device, made=made, **options)
-
-
-def _sensitivity(workload: Workload, profile: DeviceProfile, news: News) -> SensitivityProfile:
-    """Probe BF16, FP8, and FP16 where the device has it; gradients too, where there is something to train towards."""
-    from autoprec.formats import Format
-    from autoprec.probe.sensitivity import probe_sensitivity
-    from autoprec.records import Mode, Support
-
-    if workload.mode is Mode.TRAIN and not _has_loss(workload):
-        news.say("There is nothing to train towards in these batches, so gradients are not probed.")
-        workload = workload.with_mode(Mode.INFER)
-    half = [Format.FP16] if profile.supports(Format.FP16) is Support.NATIVE else []
-    return probe_sensitivity(workload, [Format.BF16, *half, Format.FP8], progress=news)
 
 
 def _has_loss(workload: Workload) -> bool:

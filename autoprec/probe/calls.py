@@ -14,6 +14,7 @@ from autoprec.probe.batches import Batch
 from autoprec.probe.replay import floats
 from autoprec.probe.sites import Site
 from autoprec.probe.workload import Workload
+from autoprec.records import ModelProfile
 
 __all__ = ["Call", "record_calls"]
 
@@ -51,7 +52,13 @@ class Call:
 
 
 def record_calls(
-    workload: Workload, batch: Batch, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, gradients: bool
+    workload: Workload,
+    batch: Batch,
+    sites: Sequence[Site],
+    profile: ModelProfile,
+    modules: Mapping[str, nn.Module],
+    *,
+    gradients: bool,
 ) -> list[Call]:
     """Run one batch and return the first call of each site that ran.
 
@@ -81,19 +88,21 @@ def record_calls(
     finally:
         for handle in handles:
             handle.remove()
+    leaves = {unit.name: unit.modules for unit in profile.units}
     return [
-        Call(site, *firsts[i], counts[i], _shape(site, firsts[i], modules))
+        Call(site, *firsts[i], counts[i], _shape(site, leaves[site.unit], firsts[i], modules))
         for i, site in enumerate(sites)
         if i in firsts
     ]
 
 
-def _shape(site: Site, given: Any, modules: Mapping[str, nn.Module]) -> str:
-    """Return all that a call's time depends on: classes, weights, and what goes in."""
-    leaves = {swap.module: modules[swap.module] for swaps in site.swaps.values() for swap in swaps}
-    weights = sorted(
-        f"{type(leaf).__name__}{[list(p.shape) for p in leaf.parameters(recurse=False)]}" for leaf in leaves.values()
+def _shape(site: Site, leaves: Sequence[str], given: Any, modules: Mapping[str, nn.Module]) -> str:
+    """Return all that a call's time depends on: classes, the unit's weights, and what goes in."""
+    own = sorted(
+        f"{type(modules[leaf]).__name__}{[list(p.shape) for p in modules[leaf].parameters(recurse=False)]}"
+        for leaf in leaves
+        if leaf == site.path or not site.path or leaf.startswith(f"{site.path}.")
     )
     inner = sum(p.numel() for p in site.module.parameters())
     inputs = [f"{v.dtype}{list(v.shape)}" if isinstance(v, Tensor) else "" for v in tree_flatten(given)[0]]
-    return f"{type(site.module).__name__} {inner} {weights} {inputs}"
+    return f"{type(site.module).__name__} {inner} {own} {inputs}"

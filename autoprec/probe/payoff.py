@@ -8,7 +8,7 @@ from autoprec.formats import Format
 from autoprec.probe.pacing import SAME
 from autoprec.records import Estimate, Leaf, LeafKind, ModelProfile, Unit
 
-__all__ = ["misfit", "why_not"]
+__all__ = ["misfit", "pays", "why_not"]
 
 #: elements that rows of operands must be a multiple of for tensor cores: 16 bytes (NVIDIA, Matrix Multiplication
 #: Background User's Guide); FP8 kernels refuse others
@@ -16,13 +16,28 @@ _MULTIPLE = {Format.BF16: 8, Format.FP16: 8, Format.FP8: 16}
 _PRODUCTS = (LeafKind.LINEAR, LeafKind.CONV1D)
 
 
-def why_not(profile: ModelProfile, unit: Unit, choice: Format, ratio: Estimate, device: torch.device) -> str | None:
+def pays(ratio: Estimate) -> bool:
+    """Say whether a format is faster than FP32, by its time over FP32's."""
+    return ratio.value < 1 / SAME and ratio.high < 1
+
+
+def why_not(
+    profile: ModelProfile,
+    unit: Unit,
+    choice: Format,
+    ratio: Estimate,
+    device: torch.device,
+    even: tuple[int, bool] | None = None,
+    tokens: int = 0,
+) -> str | None:
     """Say why a format that was timed at a unit does not pay there; None where it does.
 
     Args:
         ratio: its time over FP32's.
+        even: at how many times the batch it was tried, too, and whether it pays there.
+        tokens: of the batch.
     """
-    if ratio.value < 1 / SAME and ratio.high < 1:
+    if pays(ratio):
         return None
     seen = f"{choice} takes {ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f}) times FP32's time here"
     leaves = [leaf for leaf in profile.leaves if leaf.module in unit.modules]
@@ -30,7 +45,14 @@ def why_not(profile: ModelProfile, unit: Unit, choice: Format, ratio: Estimate, 
         return f"{seen}: {why}"
     if not any(leaf.kind in _PRODUCTS for leaf in leaves):
         return f"{seen}: it multiplies nothing, so only bytes could be saved"
-    return f"{seen}: its products are too small or the device has no unit for them"
+    if even is None:
+        return f"{seen}: its products are too small or the device has no unit for them"
+    times, found = even
+    if found:
+        return (
+            f"{seen}: its products are too small; it pays from about {times * tokens} tokens a step on ({tokens} here)"
+        )
+    return f"{seen}; up to {times * tokens} tokens a step ({tokens} here) it does not pay either"
 
 
 def misfit(leaves: list[Leaf], choice: Format) -> str | None:

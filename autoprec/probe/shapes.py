@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,34 +13,44 @@ import torch
 from torch import nn
 
 from autoprec.formats import Format
+from autoprec.probe.breakeven import break_even
 from autoprec.probe.calls import Call
 from autoprec.probe.clock import Clock
-from autoprec.probe.payoff import why_not
+from autoprec.probe.payoff import pays, why_not
 from autoprec.probe.rates import median_interval
+from autoprec.probe.shapecache import KeptRatio, ShapeCache
 from autoprec.probe.sites import in_format
 from autoprec.probe.timers import Work, timer_of
 from autoprec.records import Estimate, ModelProfile, Origin, UnitTime
 
 __all__ = ["SETTLED", "Shape", "time_shapes", "unit_times"]
 
-#: a format this many times slower than FP32 after a first run is settled
+#: a format this many times slower than FP32 is settled
 SETTLED = 3.0
 #: rounds of every shape that are made first
 _FIRST_ROUNDS = 4
+#: of the time, what rounds may take; the rest is for what does not pay
+_ROUNDS_SHARE = 0.8
 #: of a step: what all shapes' intervals together may still be off, when it is enough
 _ENOUGH = 0.01
 
 
 @dataclass(slots=True, eq=False)
 class Shape:
-    """A call that stands for all of its shape, with its seconds by format and round: forward, and both ways."""
+    """A call that stands for all of its shape, with its seconds by format and round: forward, and both ways.
+
+    `kept`: formats that were timed before, and are not timed again.
+    """
 
     call: Call
+    kept: Mapping[Format, KeptRatio]
     works: dict[Format, tuple[Work, Work | None]] = field(default_factory=dict)
     forward: dict[Format, list[float]] = field(default_factory=dict)
     total: dict[Format, list[float]] = field(default_factory=dict)
     #: calls of this shape in a step
     count: int = 0
+    #: by format that does not pay: what `break_even` found
+    even: dict[Format, tuple[int, bool]] = field(default_factory=dict)
 
     def round(self, backwards: bool) -> None:
         """Time each format once, in one order or the other."""
@@ -50,16 +61,39 @@ class Shape:
             self.total.setdefault(choice, []).append(both.seconds() if both else self.forward[choice][-1])
 
     def settle(self) -> None:
-        """Time no longer what is far slower than FP32."""
+        """Time no longer what was far slower than FP32 each time."""
         for choice in list(self.works):
-            if self.ratio(choice).value > SETTLED:
+            if self.ratio(choice).low > SETTLED:
                 del self.works[choice]
 
     def ratio(self, choice: Format) -> Estimate:
         """Return the seconds in a format over those in FP32, of the same rounds."""
+        if choice in self.kept:
+            return self.kept[choice].step
         own, wide = self.total[choice], self.total[Format.FP32]
         middle, low, high = median_interval([a / b for a, b in zip(own, wide, strict=False)])
         return Estimate(middle, low, high, Origin.MEASURED)
+
+    def forward_seconds(self, choice: Format) -> float:
+        """Return the seconds of a forward in a format."""
+        if choice in self.kept:
+            return self.kept[choice].forward * statistics.median(self.forward[Format.FP32])
+        return statistics.median(self.forward[choice])
+
+    @property
+    def formats(self) -> set[Format]:
+        """Formats that something is known of."""
+        return {*self.total, *self.kept}
+
+    def found(self) -> dict[Format, KeptRatio]:
+        """Return what was found now and is worth keeping."""
+        wide = statistics.median(self.forward[Format.FP32])
+        ratios = {
+            choice: KeptRatio(self.ratio(choice), self.forward_seconds(choice) / wide, self.even.get(choice))
+            for choice in self.total
+            if choice is not Format.FP32
+        }
+        return {choice: ratio for choice, ratio in ratios.items() if ratio.is_settled(SETTLED)}
 
     def doubt(self) -> float:
         """Return by how many seconds of a step this shape may be off, in the format that saves the most of it."""
@@ -73,41 +107,54 @@ def time_shapes(
     low: Sequence[Format],
     modules: Mapping[str, nn.Module],
     ambient: Format,
+    device: torch.device,
     notes: list[str],
     clock: Clock,
+    cache: ShapeCache | None,
     *,
     training: bool,
 ) -> dict[str, Shape]:
     """Time one call of each shape: all of them some rounds, then those that leave most in doubt while there is time."""
     shapes: dict[str, Shape] = {}
     for call in calls:
-        shape = shapes.setdefault(call.shape, Shape(call))
+        known = cache.ratios.get(call.shape, {}) if cache else {}
+        kept = {f: known[f] for f in low if f in known and f in call.site.swaps}
+        evens = {f: ratio.even for f, ratio in kept.items() if ratio.even}
+        shape = shapes.setdefault(call.shape, Shape(call, kept, even=evens))
         shape.count += call.count
     for shape in shapes.values():
-        make = timer_of(next(shape.call.site.module.parameters()).device, notes)
-        for choice in (Format.FP32, *(f for f in low if f in shape.call.site.swaps)):
-            around = partial(_in_format, shape.call, choice, modules, ambient)
-            shape.works[choice] = (
-                make(shape.call.forward, around),
-                make(shape.call.both, around) if training else None,
-            )
-        shape.round(False)
-        shape.settle()
-    for number in range(1, _FIRST_ROUNDS):
-        for shape in shapes.values():
+        make = timer_of(device, notes)
+        for choice in (Format.FP32, *(f for f in low if f in shape.call.site.swaps and f not in shape.kept)):
+            way = _ways(shape.call, modules, ambient)(choice)
+            shape.works[choice] = (make(shape.call.forward, way), make(shape.call.both, way) if training else None)
+        for number in range(_FIRST_ROUNDS):
             shape.round(number % 2 == 1)
+            if number:  # one slow run is no evidence
+                shape.settle()
     step = sum(s.count * statistics.median(s.total[Format.FP32]) for s in shapes.values())
-    while clock.elapsed < clock.allowed and sum(s.doubt() for s in shapes.values()) > _ENOUGH * step:
+    while clock.elapsed < _ROUNDS_SHARE * clock.allowed and sum(s.doubt() for s in shapes.values()) > _ENOUGH * step:
         most = max(shapes.values(), key=Shape.doubt)
         most.round(len(most.total[Format.FP32]) % 2 == 1)
+    for shape in shapes.values():
+        ways = _ways(shape.call, modules, ambient)
+        for choice in (f for f in shape.works if f is not Format.FP32 and not pays(shape.ratio(f))):
+            found = break_even(shape.call, choice, timer_of(device, notes), ways, clock, training=training)
+            shape.even |= {choice: found} if found else {}
+    if cache and (fault := cache.keep({name: shape.found() for name, shape in shapes.items()})):
+        notes.append(fault)
     return shapes
 
 
-@contextlib.contextmanager
-def _in_format(call: Call, choice: Format, modules: Mapping[str, nn.Module], ambient: Format) -> Iterator[None]:
-    """Put a call's unit into a format; in FP32 it runs as in the reference."""
-    with contextlib.nullcontext() if choice is Format.FP32 else in_format(call.site, choice, modules, ambient):
-        yield
+def _ways(
+    call: Call, modules: Mapping[str, nn.Module], ambient: Format
+) -> Callable[[Format], Callable[[], AbstractContextManager[None]]]:
+    """Return by format what puts a call's unit into it; in FP32 it runs as in the reference."""
+
+    def way(choice: Format) -> Callable[[], AbstractContextManager[None]]:
+        wide = choice is Format.FP32
+        return contextlib.nullcontext if wide else partial(in_format, call.site, choice, modules, ambient)
+
+    return way
 
 
 def unit_times(
@@ -116,6 +163,7 @@ def unit_times(
     shapes: Mapping[str, Shape],
     low: Sequence[Format],
     device: torch.device,
+    tokens: int,
     *,
     training: bool,
 ) -> Iterator[UnitTime]:
@@ -123,7 +171,7 @@ def unit_times(
     for unit in profile.units:
         own = [(shapes[call.shape], call) for call in calls if call.site.unit == unit.name]
         for choice in (Format.FP32, *low):
-            if not own or not all(choice in shape.total for shape, _ in own):
+            if not own or not all(choice in shape.formats for shape, _ in own):
                 continue
             wide = [call.count * statistics.median(shape.total[Format.FP32]) for shape, call in own]
             ratios = [shape.ratio(choice) for shape, _ in own]
@@ -132,8 +180,9 @@ def unit_times(
                 for ends in zip(*((r.value, r.low, r.high) for r in ratios), strict=True)
             )
             both = 1e3 * value * sum(wide)
-            forward = 1e3 * sum(c.count * statistics.median(s.forward[choice]) for s, c in own)
+            forward = 1e3 * sum(c.count * s.forward_seconds(choice) for s, c in own)
             ratio = Estimate(value, lower, upper, Origin.MEASURED)
+            even = own[0][0].even.get(choice) if len(own) == 1 else None
             yield UnitTime(
                 unit=unit.name,
                 format=choice,
@@ -141,5 +190,5 @@ def unit_times(
                 forward_ms=min(forward, both) if training else both,
                 backward_ms=max(both - forward, 0.0) if training else None,
                 ratio=ratio,
-                reason=None if choice is Format.FP32 else why_not(profile, unit, choice, ratio, device),
+                reason=None if choice is Format.FP32 else why_not(profile, unit, choice, ratio, device, even, tokens),
             )

@@ -21,6 +21,7 @@ from autoprec.probe.calls import record_calls
 from autoprec.probe.clock import Clock
 from autoprec.probe.rates import median_interval
 from autoprec.probe.replay import repeatable
+from autoprec.probe.shapecache import ShapeCache
 from autoprec.probe.shapes import time_shapes, unit_times
 from autoprec.probe.sites import find_sites
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
@@ -44,6 +45,7 @@ def probe_speed(
     formats: Sequence[Format | str] = (Format.BF16, Format.FP16),
     *,
     seconds: float = _SECONDS,
+    cache: bool = True,
     progress: News | None = None,
 ) -> SpeedProfile:
     """Measure what each unit takes in each format in a step of a workload, and a few whole steps.
@@ -52,6 +54,8 @@ def probe_speed(
         workload: on the device to measure on; its first batch is the step, its mode says whether that has a backward.
         formats: beside FP32; what the device or its units cannot run is left out with a note.
         seconds: about how long; at least some rounds are made.
+        cache: read and write the user's cache of times of shapes, by device, driver, torch, threads, mode and format;
+            whole steps are timed each time.
         progress: called with news as they come.
 
     Returns:
@@ -64,7 +68,7 @@ def probe_speed(
     clock, tell = Clock(time.monotonic()), progress or (lambda news: None)
     clock.allowed = seconds
     try:
-        return _probe(workload, tuple(dict.fromkeys(Format(f) for f in formats)), clock, tell)
+        return _probe(workload, tuple(dict.fromkeys(Format(f) for f in formats)), clock, cache, tell)
     except RuntimeError as error:
         raise MeasurementError(
             f"the FP32 reference cannot be timed: {first_line(error)}. Check that the model takes these batches; where "
@@ -72,22 +76,23 @@ def probe_speed(
         ) from error
 
 
-def _probe(workload: Workload, formats: tuple[Format, ...], clock: Clock, tell: News) -> SpeedProfile:
+def _probe(workload: Workload, formats: tuple[Format, ...], clock: Clock, cache: bool, tell: News) -> SpeedProfile:
     model, device, seconds = workload.model, device_of(workload.model), clock.allowed
     profile, modules = probe_units(model, model_id=workload.model_id), canonical_modules(model)
     missing = fp8_missing(device)
     notes = [f"fp8 is not timed: {missing}"] if missing and Format.FP8 in formats else []
     low = tuple(f for f in formats if f is not Format.FP32 and not (f is Format.FP8 and missing))
     ambient = Format.FP16 if low == (Format.FP16,) else Format.BF16
-    training = workload.mode is Mode.TRAIN
+    training, tokens = workload.mode is Mode.TRAIN, workload.tokens(workload.batches[0])
     with kept_state(model, weights=training), repeatable(model), plain_fp32(device.type):
         model.train(training)
         sites = find_sites(profile, modules, low, ambient, emulated=False)
         with torch.set_grad_enabled(training):
-            calls = record_calls(workload, workload.batches[0], sites, modules, gradients=training)
+            calls = record_calls(workload, workload.batches[0], sites, profile, modules, gradients=training)
             clock.allowed = _SHAPES_SHARE * seconds
-            shapes = time_shapes(calls, low, modules, ambient, notes, clock, training=training)
-        times = tuple(unit_times(profile, calls, shapes, low, device, training=training))
+            kept = ShapeCache.of(device, workload.mode, ambient) if cache else None
+            shapes = time_shapes(calls, low, modules, ambient, device, notes, clock, kept, training=training)
+        times = tuple(unit_times(profile, calls, shapes, low, device, tokens, training=training))
         tell(Progress(stage="speed", message=f"{len(shapes)} shapes timed", elapsed_seconds=clock.elapsed))
         clock.allowed = seconds
         steps = time_steps(workload, profile, times, ambient, clock)
@@ -102,7 +107,7 @@ def _probe(workload: Workload, formats: tuple[Format, ...], clock: Clock, tell: 
         device=device_name(device),
         mode=workload.mode,
         ambient=ambient,
-        tokens=workload.tokens(workload.batches[0]),
+        tokens=tokens,
         formats=low,
         reference_ms=Estimate(middle, lowest, highest, Origin.MEASURED),
         times=times,

@@ -36,7 +36,7 @@ Around = Callable[[], AbstractContextManager[Any]]
 
 
 def timer_of(device: torch.device, notes: list[str]) -> Callable[[Callable[[], Any], Around], Work]:
-    """Return what makes `Work` of a function and the context it runs in, which is not timed; it runs once then."""
+    """Return what makes `Work` of a function and the context it runs in, which is not timed; it is warmed up."""
     if device.type == "cuda":
         return lambda run, around: _Graph(run, around, torch.cuda, notes)
     return lambda run, around: _Wall(run, around, device)
@@ -48,8 +48,8 @@ class _Wall:
     def __init__(self, run: Callable[[], Any], around: Around, device: torch.device) -> None:
         self._run, self._around, self._device, self._repeats = run, around, device, 1
         with around():
-            once = self._time()
-        self._repeats = _repeats(once)
+            self._time()  # sets up kernels, which may be most of it
+            self._repeats = _repeats(self._time())
 
     def seconds(self) -> float:
         with self._around():

@@ -18,6 +18,7 @@ from autoprec.report.layout import Column, print_heading, print_line, print_tabl
 from autoprec.report.plans import fact_lines, print_plan, print_recommendation
 from autoprec.report.profiles import print_device, print_units
 from autoprec.report.sensitivity import print_sensitivity
+from autoprec.report.speed import print_speed
 
 __all__ = [
     "fact_lines",
@@ -29,6 +30,7 @@ __all__ = [
     "print_recommendation",
     "print_result",
     "print_sensitivity",
+    "print_speed",
     "print_units",
 ]
 
