@@ -30,7 +30,7 @@ from autoprec.probe.steps import Stepper, kept_state, plain_fp32
 from autoprec.records import Mode, SpeedProfile
 
 #: pairs of steps by assignment, at least; and seconds at most, unless the interval is narrow before
-_PAIRS, _SECONDS = 6, 10.0
+_PAIRS, _SECONDS = 6, 7.0
 
 
 def assignments(workload: Workload, known: SpeedProfile, count: int, seed: int) -> list[dict[str, Format]]:
