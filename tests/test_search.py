@@ -271,6 +271,14 @@ def test_a_uniform_plan_is_written_where_it_is_the_answer(tmp_path: Path, monkey
     result = search(workload(), budget=300, trials=2, max_drop="5%", out=tmp_path / "run")
     assert result.verdict.decision is VerdictDecision.USE_UNIFORM
     assert result.verdict.best_uniform == "uniform bf16"
+    batches = {one.name: one for one in result.largest_batches}
+    uniform = next(m for m in result.baselines if m.name == "uniform bf16")
+    assert {"uniform fp32", "uniform bf16"} <= set(batches)
+    assert uniform.step_ms is not None
+    for one in batches.values():
+        assert one.batch_size > 2 and one.total_bytes < 25_300_000_000 and one.accumulation == 1
+    rate = 1e3 * 2 * 12 / uniform.step_ms
+    assert batches["uniform bf16"].tokens_per_s.value == pytest.approx(rate)
     plan = Plan.load(tmp_path / "run" / "plan.json")
     assert plan.assignment == Plan.uniform(workload().model, "bf16").assignment
     assert plan.units[0].reason.startswith("uniform bf16")

@@ -20,15 +20,21 @@ from autoprec.probe.payoff import pays, why_not
 from autoprec.probe.rates import median_interval
 from autoprec.probe.shapecache import KeptRatio, ShapeCache
 from autoprec.probe.sites import in_format
+from autoprec.probe.steps import timed
 from autoprec.probe.timers import Work, timer_of
 from autoprec.records import Estimate, ModelProfile, Origin, UnitTime
 
 __all__ = ["SETTLED", "Shape", "time_shapes", "unit_times"]
 
+#: makes what puts a unit into a format
+Way = Callable[[], AbstractContextManager[None]]
+
 #: a format this many times slower than FP32 is settled
 SETTLED = 3.0
 #: rounds of every shape that are made first
 _FIRST_ROUNDS = 4
+#: runs below this are timed with all others
+_SHORT_SECONDS = 0.02
 #: of the time, what rounds may take; the rest is for what does not pay
 _ROUNDS_SHARE = 0.8
 #: of a step: what all shapes' intervals together may still be off, when it is enough
@@ -52,19 +58,29 @@ class Shape:
     #: by format that does not pay: what `break_even` found
     even: dict[Format, tuple[int, bool]] = field(default_factory=dict)
 
-    def round(self, backwards: bool) -> None:
-        """Time each format once, in one order or the other."""
-        order = list(self.works)
+    def round(self, backwards: bool, *only: Format) -> None:
+        """Time each format once, or some of them, in one order or the other."""
+        order = list(only or self.works)
         for choice in reversed(order) if backwards else order:
             forward, both = self.works[choice]
             self.forward.setdefault(choice, []).append(forward.seconds())
             self.total.setdefault(choice, []).append(both.seconds() if both else self.forward[choice][-1])
 
-    def settle(self) -> None:
-        """Time no longer what was far slower than FP32 each time."""
-        for choice in list(self.works):
-            if self.ratio(choice).low > SETTLED:
-                del self.works[choice]
+    def is_hopeless(self, choice: Format, way: Way, device: torch.device, *, training: bool) -> bool:
+        """Say whether a format is long and far slower than FP32, which was timed before; its seconds are kept then.
+
+        Twice, because the first run sets up kernels. Short runs are mostly launching, and cheap to time as all others.
+        """
+        if choice is Format.FP32:
+            return False
+        run = self.call.both if training else self.call.forward
+        with way():
+            seconds = min(timed(device, run)[0] for _ in range(2))
+            if seconds < _SHORT_SECONDS or seconds <= SETTLED * self.total[Format.FP32][0]:
+                return False
+            self.total[choice] = [seconds]
+            self.forward[choice] = [timed(device, self.call.forward)[0] if training else seconds]
+        return True
 
     def ratio(self, choice: Format) -> Estimate:
         """Return the seconds in a format over those in FP32, of the same rounds."""
@@ -98,7 +114,7 @@ class Shape:
     def doubt(self) -> float:
         """Return by how many seconds of a step this shape may be off, in the format that saves the most of it."""
         wide = statistics.median(self.total[Format.FP32])
-        spreads = [self.ratio(f) for f in self.works if f is not Format.FP32]
+        spreads = [r for f in self.works if f is not Format.FP32 and (r := self.ratio(f)).low <= SETTLED]
         return max((self.count * wide * (r.high - r.low) / 2 for r in spreads), default=0.0)
 
 
@@ -122,35 +138,35 @@ def time_shapes(
         evens = {f: ratio.even for f, ratio in kept.items() if ratio.even}
         shape = shapes.setdefault(call.shape, Shape(call, kept, even=evens))
         shape.count += call.count
+    make = timer_of(device, notes)
     for shape in shapes.values():
-        make = timer_of(device, notes)
+        ways = _ways(shape.call, modules, ambient)
         for choice in (Format.FP32, *(f for f in low if f in shape.call.site.swaps and f not in shape.kept)):
-            way = _ways(shape.call, modules, ambient)(choice)
-            shape.works[choice] = (make(shape.call.forward, way), make(shape.call.both, way) if training else None)
-        for number in range(_FIRST_ROUNDS):
+            if not shape.is_hopeless(choice, ways(choice), device, training=training):
+                both = make(shape.call.both, ways(choice)) if training else None
+                shape.works[choice] = (make(shape.call.forward, ways(choice)), both)
+                shape.round(False, choice)
+        for number in range(1, _FIRST_ROUNDS):
             shape.round(number % 2 == 1)
-            if number:  # one slow run is no evidence
-                shape.settle()
     step = sum(s.count * statistics.median(s.total[Format.FP32]) for s in shapes.values())
     while clock.elapsed < _ROUNDS_SHARE * clock.allowed and sum(s.doubt() for s in shapes.values()) > _ENOUGH * step:
         most = max(shapes.values(), key=Shape.doubt)
         most.round(len(most.total[Format.FP32]) % 2 == 1)
     for shape in shapes.values():
-        ways = _ways(shape.call, modules, ambient)
-        for choice in (f for f in shape.works if f is not Format.FP32 and not pays(shape.ratio(f))):
-            found = break_even(shape.call, choice, timer_of(device, notes), ways, clock, training=training)
-            shape.even |= {choice: found} if found else {}
+        for choice in shape.works:
+            if choice is not Format.FP32 and not pays(r := shape.ratio(choice)) and r.low <= SETTLED:
+                ways = _ways(shape.call, modules, ambient)
+                found = break_even(shape.call, choice, make, ways, clock, training=training)
+                shape.even |= {choice: found} if found else {}
     if cache and (fault := cache.keep({name: shape.found() for name, shape in shapes.items()})):
         notes.append(fault)
     return shapes
 
 
-def _ways(
-    call: Call, modules: Mapping[str, nn.Module], ambient: Format
-) -> Callable[[Format], Callable[[], AbstractContextManager[None]]]:
+def _ways(call: Call, modules: Mapping[str, nn.Module], ambient: Format) -> Callable[[Format], Way]:
     """Return by format what puts a call's unit into it; in FP32 it runs as in the reference."""
 
-    def way(choice: Format) -> Callable[[], AbstractContextManager[None]]:
+    def way(choice: Format) -> Way:
         wide = choice is Format.FP32
         return contextlib.nullcontext if wide else partial(in_format, call.site, choice, modules, ambient)
 

@@ -35,7 +35,7 @@ from autoprec.runtime.identity import canonical_modules
 __all__ = ["probe_speed"]
 
 #: how long a probe takes, and the share of that for shapes; whole steps have the rest
-_SECONDS, _SHAPES_SHARE = 30.0, 0.4
+_SECONDS, _SHAPES_SHARE = 40.0, 0.4
 
 News = Callable[[Progress], None]
 

@@ -62,22 +62,23 @@ def time_steps(
         fp8_recipe="tensorwise" if takes_fp8 else None,
         mode=workload.mode,
     )
-    plans: list[Plan | None] = [None, *(wide.replace(dict(a)) for a in found.assignments)]
+    plans = [wide.replace(dict(assignment)) for assignment in found.assignments]
     stepper, batch = Stepper(workload), workload.batches[0]
-    for plan in plans[:2]:
+    for plan in (None, *plans[:1]):
         _step(stepper, batch, plan)  # sets up kernels and optimizer states
     begun = clock.elapsed
     for number in range(_MOST):
         spent = clock.elapsed - begun
         if number >= _FEWEST and clock.elapsed + spent / number > clock.allowed:
             break
-        seconds = dict[int, float]()
-        order = list(range(len(plans)))
+        order = list(range(len(found.assignments)))
+        before, seconds = _step(stepper, batch, None), dict[int, float]()
         for index in order if number % 2 == 0 else reversed(order):
             seconds[index] = _step(stepper, batch, plans[index])
-        found.reference_s.append(seconds[0])
-        for index, ratios in enumerate(found.ratios, start=1):
-            ratios.append(seconds[index] / seconds[0])
+        reference = (before + _step(stepper, batch, None)) / 2  # all of a round are told by it
+        found.reference_s.append(reference)
+        for index, ratios in enumerate(found.ratios):
+            ratios.append(seconds[index] / reference)
     return found
 
 

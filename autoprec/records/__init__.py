@@ -12,6 +12,7 @@ from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, T
 from autoprec.records.searched import (
     Confirmed,
     Explained,
+    LargestBatch,
     Progress,
     Removal,
     SearchResult,
@@ -43,6 +44,7 @@ __all__ = [
     "FormatSupport",
     "GemmRate",
     "KernelRow",
+    "LargestBatch",
     "Leaf",
     "LeafKind",
     "Measurement",

@@ -14,6 +14,7 @@ from autoprec.records.measured import Measurement, Mode
 __all__ = [
     "Confirmed",
     "Explained",
+    "LargestBatch",
     "Progress",
     "Removal",
     "SearchResult",
@@ -108,6 +109,22 @@ class Explained:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LargestBatch:
+    """The largest batch of a plan that fits the device, with its peak there and the tokens a second, all predicted.
+
+    `accumulation`: passes of it that make up the batch of the workload, 1 where that fits whole.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: str
+    batch_size: int
+    total_bytes: int
+    accumulation: int
+    tokens_per_s: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """All that a search found (`result.json`); `chosen` is an index of `front`, or None for do-nothing.
 
@@ -136,6 +153,8 @@ class SearchResult:
     seed: int
     confirmed: tuple[Confirmed, ...] = ()
     explained: tuple[Explained, ...] = ()
+    #: of FP32, the best uniform plan and those of the front, where it can be told
+    largest_batches: tuple[LargestBatch, ...] = ()
     notes: tuple[str, ...] = ()
 
 

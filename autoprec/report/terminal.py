@@ -13,7 +13,16 @@ from rich.text import Text
 from autoprec.formats import Format
 from autoprec.quantities import duration_text
 from autoprec.records import Measurement, SearchResult
-from autoprec.report.figures import drop_unit, format_counts, interval, megabytes, number, origin_note, plain
+from autoprec.report.figures import (
+    bytes_text,
+    drop_unit,
+    format_counts,
+    interval,
+    megabytes,
+    number,
+    origin_note,
+    plain,
+)
 from autoprec.report.layout import Column, print_heading, print_line, print_table
 from autoprec.report.plans import fact_lines, print_plan, print_recommendation
 from autoprec.report.profiles import print_device, print_units
@@ -56,6 +65,7 @@ def print_result(console: Console, result: SearchResult) -> None:
     print_table(console, _columns(unit), rows, marked=result.chosen)
     if result.chosen is not None:
         print_line(console, f"> {result.chosen + 1} is the chosen plan")
+    _batches(console, result)
     _removals(console, result)
     _confirmations(console, result, unit)
     _bound(console, result, unit)
@@ -100,6 +110,21 @@ def _reference(m: Measurement) -> str:
     if m.metric is not None:
         figures.append(f"metric {number(m.metric)}{origin_note(m.origin.metric)}")
     return ", ".join(figures)
+
+
+def _batches(console: Console, result: SearchResult) -> None:
+    """Print which batch fits with which plan: of FP32, the best uniform plan and the chosen one."""
+    chosen = None if result.chosen is None else result.front[result.chosen].name
+    shown = {chosen, result.verdict.best_uniform, "uniform fp32"}
+    rows = [
+        [one.name, str(one.batch_size), bytes_text(one.total_bytes), number(one.tokens_per_s.value)]
+        for one in result.largest_batches
+        if one.name in shown
+    ]
+    if rows:
+        print_heading(console, "Largest batch", "that fits the device's memory, predicted; time in proportion to it")
+        columns: list[Column] = [("plan", "left"), ("examples", "right"), ("peak", "right"), ("tokens/s", "right")]
+        print_table(console, columns, rows)
 
 
 def _removals(console: Console, result: SearchResult) -> None:

@@ -12,13 +12,14 @@ from autoprec.errors import Interrupted
 from autoprec.files import as_json
 from autoprec.plan import Plan
 from autoprec.quantities import duration_text
-from autoprec.records import Explained, Measurement, SearchResult
+from autoprec.records import Explained, LargestBatch, Measurement, SearchResult
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import RECOMMENDED, Course
 from autoprec.study.explain import explain
 from autoprec.study.front import pareto_front
-from autoprec.study.outcome import evidence, on_one_clock, outcome_of
-from autoprec.study.verdict import wanted
+from autoprec.study.larger import batch_sizes, largest_batches
+from autoprec.study.outcome import Outcome, evidence, on_one_clock, outcome_of
+from autoprec.study.verdict import REFERENCE, wanted
 
 __all__ = ["carry_out"]
 
@@ -94,6 +95,7 @@ def _finish(course: Course) -> SearchResult:
         seed=course.seed,
         confirmed=course.confirmed,
         explained=_explained(course, outcome.best, clock),
+        largest_batches=_largest_batches(course, outcome),
         notes=tuple(filter(None, (*course.notes, course.unconfirmed))),
     )
     course.folder.write("result.json", as_json(result))
@@ -116,6 +118,15 @@ def _explained(course: Course, best: Measurement | None, clock: float) -> tuple[
         limit=course.limit_value,
         step_ms=best.step_ms,
     )
+
+
+def _largest_batches(course: Course, outcome: Outcome) -> tuple[LargestBatch, ...]:
+    """Return what batch fits FP32, the best uniform plan and the plans of the front."""
+    uniform = outcome.verdict.best_uniform
+    kept = [m for m in outcome.baselines if m.name in (REFERENCE, uniform)]
+    plans = {m.name: (m, _plan_of(course, m)) for m in (*kept, *outcome.front)}
+    rows, length = batch_sizes(course.workload)
+    return tuple(largest_batches(course.workload, course.space, course.device, plans, rows, length))
 
 
 def _plan_of(course: Course, found: Measurement) -> Plan:

@@ -34,6 +34,7 @@ from autoprec.study.closing import carry_out
 from autoprec.study.confirming import split
 from autoprec.study.course import Candidates, Course, News
 from autoprec.study.folder import RunFolder
+from autoprec.study.larger import batch_sizes
 from autoprec.study.space import build_space
 
 __all__ = ["search"]
@@ -114,7 +115,7 @@ def _prepare(
     device = _runnable(probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds))), here)
     profile = probe_units(workload.model, model_id=workload.model_id)
     built = build_space(space, profile, device)
-    rows, length = _sizes(workload)
+    rows, length = batch_sizes(workload)
     plans = Candidates(
         baselines=tuple(baselines(built.profile, device, workload.mode)),
         recommended=recommend_plan(profile, device, mode=workload.mode, batch_size=rows, seq_len=length),
@@ -157,15 +158,6 @@ def _runnable(profile: DeviceProfile, here: torch.device) -> DeviceProfile:
         return profile
     formats = {**profile.formats, Format.FP8: FormatSupport(Support.ABSENT, missing)}
     return dataclasses.replace(profile, formats=formats, fp8_recipes=())
-
-
-def _sizes(workload: Workload) -> tuple[int, int]:
-    """Return batch size and sequence length as the recommender asks for them."""
-    batch = workload.batches[0]
-    tokens = max(1, workload.tokens(batch))
-    first = next((v for v in batch.values() if hasattr(v, "shape")), None) if isinstance(batch, dict) else None
-    rows = int(first.shape[0]) if first is not None and first.dim() > 0 else 1
-    return rows, max(1, tokens // rows)
 
 
 def _check_device(workload: Workload, device: str) -> None:

@@ -9,10 +9,10 @@ from autoprec.quantities import DropLimit
 from autoprec.records import Confirmed, Measurement, Verdict, VerdictDecision
 from autoprec.study.front import feasible
 
-__all__ = ["best_uniform", "choose", "decide", "wanted"]
+__all__ = ["REFERENCE", "best_uniform", "choose", "decide", "wanted"]
 
 #: the baseline that is the reference itself; its speedup is noise, whatever its interval says
-_REFERENCE = "uniform fp32"
+REFERENCE = "uniform fp32"
 
 
 def best_uniform(baselines: Sequence[Measurement], limit: DropLimit) -> Measurement | None:
@@ -27,7 +27,7 @@ def choose(front: Sequence[Measurement], baselines: Collection[str], limit: Drop
     The fastest within the limit; but a baseline of the front whose time is the same is taken instead, because it
     needs no plan file to follow.
     """
-    usable = [i for i, m in enumerate(front) if _within(m, limit) and _beats_reference(m) and m.name != _REFERENCE]
+    usable = [i for i, m in enumerate(front) if _within(m, limit) and _beats_reference(m) and m.name != REFERENCE]
     if not usable:
         return None
     fastest = min(usable, key=lambda i: _step(front[i]))
