@@ -25,12 +25,12 @@ from truths import WORKLOADS
 from autoprec import Plan, Workload, apply, probe_speed, probe_units
 from autoprec.formats import Format
 from autoprec.probe.pairs import Pairs
-from autoprec.probe.shapes import SETTLED
+from autoprec.probe.payoff import SETTLED
 from autoprec.probe.steps import Stepper, kept_state, plain_fp32
 from autoprec.records import Mode, SpeedProfile
 
 #: pairs of steps by assignment, at least; and seconds at most, unless the interval is narrow before
-_PAIRS, _SECONDS = 6, 7.0
+_PAIRS, _SECONDS = 6, 5.0
 
 
 def assignments(workload: Workload, known: SpeedProfile, count: int, seed: int) -> list[dict[str, Format]]:

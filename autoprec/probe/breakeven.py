@@ -22,8 +22,8 @@ __all__ = ["break_even"]
 
 #: batches looked at, as multiples of the one given
 _TIMES = (2, 4, 8, 16, 32)
-#: rounds at each, and the longest call that is made longer still
-_ROUNDS, _LONG_SECONDS = 3, 0.5
+#: rounds at each, and the longest call in FP32 that is looked at: what takes longer is not too small
+_ROUNDS, _LONG_SECONDS = 3, 0.1
 
 
 def break_even(
@@ -32,19 +32,25 @@ def break_even(
     make: Callable[[Callable[[], Any], Callable[[], AbstractContextManager[Any]]], Work],
     around: Callable[[Format], Callable[[], AbstractContextManager[Any]]],
     clock: Clock,
+    fp32_seconds: float,
     *,
     training: bool,
 ) -> tuple[int, bool] | None:
     """Return the first multiple of the batch at which a format is faster than FP32 by more than noise.
 
     With False: the largest multiple tried, at which it was not faster either. None: nothing could be tried, for want
-    of time, or because the call's inputs cannot be repeated.
+    of time, because the call is long as it is, or because its inputs cannot be repeated.
+
+    Args:
+        make: times a function in a context, as `timer_of` gives it.
+        around: the context that puts the unit into a format.
+        fp32_seconds: what the call takes in FP32 as it is.
     """
     tried = None
     if not floats((call.args, call.kwargs)):  # a lookup multiplies nothing, at any size
         return None
     for times in _TIMES:
-        if clock.elapsed > clock.allowed:
+        if clock.elapsed > clock.allowed or times * fp32_seconds > _LONG_SECONDS:
             break
         longer = _repeated(call, times)
         run = longer.both if training else longer.forward
@@ -56,8 +62,6 @@ def break_even(
         if seconds[choice] * SAME < seconds[Format.FP32]:
             return times, True
         tried = times, False
-        if seconds[Format.FP32] > _LONG_SECONDS:
-            break
     return tried
 
 

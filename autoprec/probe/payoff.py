@@ -8,11 +8,13 @@ from autoprec.formats import Format
 from autoprec.probe.pacing import SAME
 from autoprec.records import Estimate, Leaf, LeafKind, ModelProfile, Unit
 
-__all__ = ["misfit", "pays", "why_not"]
+__all__ = ["SETTLED", "misfit", "pays", "why_not"]
 
 #: elements that rows of operands must be a multiple of for tensor cores: 16 bytes (NVIDIA, Matrix Multiplication
 #: Background User's Guide); FP8 kernels refuse others
 _MULTIPLE = {Format.BF16: 8, Format.FP16: 8, Format.FP8: 16}
+#: a format this many times slower than FP32 is settled
+SETTLED = 3.0
 _PRODUCTS = (LeafKind.LINEAR, LeafKind.CONV1D)
 
 
@@ -45,8 +47,10 @@ def why_not(
         return f"{seen}: {why}"
     if not any(leaf.kind in _PRODUCTS for leaf in leaves):
         return f"{seen}: it multiplies nothing, so only bytes could be saved"
+    if ratio.low > SETTLED:
+        return f"{seen}: the device has no unit for such products"
     if even is None:
-        return f"{seen}: its products are too small or the device has no unit for them"
+        return f"{seen}: its products are too small, or what stands between them takes longer"
     times, found = even
     if found:
         return (

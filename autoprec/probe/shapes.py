@@ -16,7 +16,7 @@ from autoprec.formats import Format
 from autoprec.probe.breakeven import break_even
 from autoprec.probe.calls import Call
 from autoprec.probe.clock import Clock
-from autoprec.probe.payoff import pays, why_not
+from autoprec.probe.payoff import SETTLED, pays, why_not
 from autoprec.probe.rates import median_interval
 from autoprec.probe.shapecache import KeptRatio, ShapeCache
 from autoprec.probe.sites import in_format
@@ -24,17 +24,15 @@ from autoprec.probe.steps import timed
 from autoprec.probe.timers import Work, timer_of
 from autoprec.records import Estimate, ModelProfile, Origin, UnitTime
 
-__all__ = ["SETTLED", "Shape", "time_shapes", "unit_times"]
+__all__ = ["Shape", "time_shapes", "unit_times"]
 
 #: makes what puts a unit into a format
 Way = Callable[[], AbstractContextManager[None]]
 
-#: a format this many times slower than FP32 is settled
-SETTLED = 3.0
 #: rounds of every shape that are made first
 _FIRST_ROUNDS = 4
-#: runs below this are timed with all others
-_SHORT_SECONDS = 0.02
+#: runs below this are timed with all others; and setting up kernels takes no more than this
+_SHORT_SECONDS, _LONG_SECONDS = 0.02, 0.5
 #: of the time, what rounds may take; the rest is for what does not pay
 _ROUNDS_SHARE = 0.8
 #: of a step: what all shapes' intervals together may still be off, when it is enough
@@ -69,13 +67,16 @@ class Shape:
     def is_hopeless(self, choice: Format, way: Way, device: torch.device, *, training: bool) -> bool:
         """Say whether a format is long and far slower than FP32, which was timed before; its seconds are kept then.
 
-        Twice, because the first run sets up kernels. Short runs are mostly launching, and cheap to time as all others.
+        A short run is repeated, because the first one sets up kernels; what is short even so is mostly launching, and
+        cheap to time as all others. FP16 on CPUs: only the backward tells (a head's took 40 times FP32's).
         """
         if choice is Format.FP32:
             return False
         run = self.call.both if training else self.call.forward
         with way():
-            seconds = min(timed(device, run)[0] for _ in range(2))
+            seconds = timed(device, run)[0]
+            if _SHORT_SECONDS < seconds < _LONG_SECONDS:
+                seconds = min(seconds, timed(device, run)[0])
             if seconds < _SHORT_SECONDS or seconds <= SETTLED * self.total[Format.FP32][0]:
                 return False
             self.total[choice] = [seconds]
@@ -152,11 +153,13 @@ def time_shapes(
     while clock.elapsed < _ROUNDS_SHARE * clock.allowed and sum(s.doubt() for s in shapes.values()) > _ENOUGH * step:
         most = max(shapes.values(), key=Shape.doubt)
         most.round(len(most.total[Format.FP32]) % 2 == 1)
+    clock.allowed = max(clock.allowed, clock.elapsed + (1 - _ROUNDS_SHARE) * clock.allowed)
     for shape in shapes.values():
         for choice in shape.works:
             if choice is not Format.FP32 and not pays(r := shape.ratio(choice)) and r.low <= SETTLED:
                 ways = _ways(shape.call, modules, ambient)
-                found = break_even(shape.call, choice, make, ways, clock, training=training)
+                wide = statistics.median(shape.total[Format.FP32])
+                found = break_even(shape.call, choice, make, ways, clock, wide, training=training)
                 shape.even |= {choice: found} if found else {}
     if cache and (fault := cache.keep({name: shape.found() for name, shape in shapes.items()})):
         notes.append(fault)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from autoprec.plan import Plan
 from autoprec.probe.arrival import Part, Run
 from autoprec.probe.batches import Batch
 from autoprec.probe.clock import Clock
-from autoprec.probe.shapes import SETTLED
+from autoprec.probe.payoff import SETTLED
 from autoprec.probe.steps import Stepper, timed
 from autoprec.probe.workload import Workload
 from autoprec.records import ModelProfile, UnitTime
@@ -20,9 +21,9 @@ from autoprec.runtime.attach import applied
 
 __all__ = ["WholeSteps", "time_steps"]
 
-#: shapes that have steps of their own, those that save or cost most
-_SHAPES = 6
-#: rounds that are made in any case, and at most
+#: shapes that have steps of their own, those that save or cost most; and from which share of all units' time on
+_SHAPES, _MATTERS = 6, 0.02
+#: rounds that are made in any case (of no fewer assignments), and at most
 _FEWEST, _MOST = 2, 40
 
 _Assignment = Mapping[str, Format]
@@ -53,7 +54,11 @@ def time_steps(
     workload: Workload, profile: ModelProfile, times: Sequence[UnitTime], ambient: Format, clock: Clock
 ) -> WholeSteps:
     """Time steps in rounds until the clock's time is spent, the order turning round from round to round."""
-    found = WholeSteps(list(_assignments(times)))
+    stepper, batch = Stepper(workload), workload.batches[0]
+    _step(stepper, batch, None)  # sets up kernels and optimizer states
+    each = _step(stepper, batch, None)
+    fitting = int((clock.allowed - clock.elapsed) / (_FEWEST * max(each, 1e-9))) - 2  # beside the reference's two
+    found = WholeSteps(list(itertools.islice(_assignments(times), max(fitting, _FEWEST))))
     takes_fp8 = any(row.format is Format.FP8 for row in times)
     wide = Plan.assign(
         profile,
@@ -63,9 +68,6 @@ def time_steps(
         mode=workload.mode,
     )
     plans = [wide.replace(dict(assignment)) for assignment in found.assignments]
-    stepper, batch = Stepper(workload), workload.batches[0]
-    for plan in (None, *plans[:1]):
-        _step(stepper, batch, plan)  # sets up kernels and optimizer states
     begun = clock.elapsed
     for number in range(_MOST):
         spent = clock.elapsed - begun
@@ -85,18 +87,24 @@ def time_steps(
 def _assignments(times: Sequence[UnitTime]) -> Iterator[_Assignment]:
     """Yield what is worth a step: nothing low, all units in a format, all units of a shape in it.
 
-    What is far slower than FP32 alone is not made slow in a step, too.
+    What is far slower than FP32 alone is not made slow in a step, too, nor what matters little looked for in one.
     """
     yield {}
+    wide = {row.unit: row.step_ms for row in times if row.format is Format.FP32}
     quick = [row for row in times if row.format is not Format.FP32 and row.ratio.value <= SETTLED]
     groups: dict[Part, list[UnitTime]] = {}
     for row in quick:
         groups.setdefault((row.shape, row.format), []).append(row)
-    for choice in dict.fromkeys(row.format for row in quick):
+    weights = {
+        part: sum(wide[row.unit] * abs(row.ratio.value - 1) for row in rows) / sum(wide.values())
+        for part, rows in groups.items()
+    }
+    matter = sorted((part for part in groups if weights[part] >= _MATTERS), key=lambda part: -weights[part])
+    for choice in dict.fromkeys(choice for _, choice in matter):
         yield {row.unit: choice for row in quick if row.format is choice}
-    weights = {part: abs(sum(row.step_ms * (1 - 1 / row.ratio.value) for row in rows)) for part, rows in groups.items()}
-    for part in sorted(groups, key=lambda part: -weights[part])[:_SHAPES]:
-        yield {row.unit: row.format for row in groups[part]}
+    for shape, choice in matter[:_SHAPES]:
+        if sum(other is choice for _, other in matter) > 1:
+            yield {row.unit: choice for row in groups[shape, choice]}
 
 
 def _step(stepper: Stepper, batch: Batch, plan: Plan | None) -> float:
