@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_worker import MODEL, WAYS
+from export_worker import MODEL, WAYS, not_as_planned
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from zoo import ZOO
 
@@ -95,6 +95,42 @@ MIXED = {"blocks.0.ffn": "fp32", "blocks.1.attention": "fp16"}
 
 
 # training
+
+
+def batches(count: int) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids(), "labels": ids()} for _ in range(count)]
+
+
+def test_the_python_program_trains_as_planned(tmp_path: Path) -> None:
+    model = tiny()
+    plan = Plan.uniform(model, "bf16").replace(MIXED)
+    exported = program(plan, "python", tmp_path)
+    exported["prepare"](model)
+    losses = exported["train"](model, batches(4), torch.optim.AdamW(model.parameters(), lr=1e-2))
+    assert losses[-1] < losses[0]
+    assert not_as_planned(autoprec.audit(model, plan, batches(1)[0]), plan) == []
+
+
+def test_the_trainer_trains_as_planned(tmp_path: Path) -> None:
+    model = tiny()
+    plan = Plan.uniform(model, "bf16").replace({"blocks.0.ffn": "fp32", "lm_head": "fp32"})
+    exported = program(plan, "transformers", tmp_path)
+    options = {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+    arguments = exported["make_arguments"](str(tmp_path), report_to=[], save_strategy="no", **options)
+    trainer = exported["make_trainer"](model, arguments, [{k: v[0] for k, v in b.items()} for b in batches(32)])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert not_as_planned(autoprec.audit(trainer.model_wrapped, plan, batches(1)[0]), plan) == []
+
+
+def test_an_audit_of_another_plan_is_not_equal(tmp_path: Path) -> None:
+    model = tiny()
+    plan = Plan.uniform(model, "bf16")
+    program(plan, "python", tmp_path)["prepare"](model)
+    other = plan.replace({"blocks.1.ffn": "fp32"})
+    found = not_as_planned(autoprec.audit(model, other, batches(1)[0], in_force=False), other)
+    assert found[0] == "blocks.1.ffn: {'bf16'}, not fp32"
 
 
 @pytest.mark.slow

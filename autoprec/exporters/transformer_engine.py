@@ -10,8 +10,11 @@ Checked, not run: the file is read by nvdlfw-inspect 0.2.2, the recipe built wit
 
 from __future__ import annotations
 
+import json
+import re
+
 from autoprec.exporters.limits import Limits
-from autoprec.exporters.summary import literal, opening
+from autoprec.exporters.summary import opening
 from autoprec.formats import Format, Fp8Recipe
 from autoprec.plan import Plan
 from autoprec.records import Role
@@ -78,32 +81,36 @@ def transformer_engine_source(plan: Plan, plan_path: str) -> str:
     """Return a Python module with `EXCLUDED` (the file's text), `prepare`, `recipe` and `region`."""
     low = {Format.BF16: "torch.bfloat16", Format.FP16: "torch.float16"}.get(plan.ambient)
     autocast = f"dtype={low}, cache_enabled=False" if low else "enabled=False"
-    excluded = literal(_exclusions(plan)).replace("\\n", '\\n"\n    "')
-    text = opening(plan, "Train", _NOTES, _IMPORTS, None) + f"\nEXCLUDED = (\n    {excluded}\n)\n"
-    text = text.replace('    ""\n)', ")")
+    text = opening(plan, "Train", _NOTES, _IMPORTS, None) + f"\nEXCLUDED = (\n{_wrapped(_exclusions(plan))})\n"
     return text + _PREPARE.format(autocast=autocast, fp8=Format.FP8 in plan.formats)
+
+
+def _wrapped(text: str) -> str:
+    """Return a text as string literals of at most 100 characters, one a line."""
+    lines = (piece for line in text.splitlines(keepends=True) for piece in _pieces(line))
+    return "".join(f"    {json.dumps(piece)}\n" for piece in lines)
+
+
+def _pieces(line: str) -> list[str]:
+    return [line[start : start + 90] for start in range(0, len(line), 90)]
 
 
 def _exclusions(plan: Plan) -> str:
     """Return the YAML that takes every layer out of FP8 that the plan does not have in it.
 
-    A name is listed with a dot before it as well: that is how nvdlfw-inspect names modules below a root without one.
+    By one pattern for whole names: `exact_layer_names` raises for every layer that is not in the list. Names may
+    begin with a dot, as nvdlfw-inspect writes them below a root.
     """
     names = [m for u in plan.units if u.format is not Format.FP8 and u.role is not Role.EMBEDDING for m in u.modules]
     if not names:
         return "{}\n"
-    listed = "".join(f"      - {_quoted(form)}\n" for name in names for form in (name, f".{name}"))
+    pattern = "|".join(re.escape(name) for name in names).replace("'", "''")
     return (
         "autoprec_not_fp8:\n"
         "  enabled: True\n"
         "  layers:\n"
-        "    exact_layer_names:\n"
-        f"{listed}"
+        f"    layer_name_regex_pattern: '^\\.?(?:{pattern})$'\n"
         "  transformer_engine:\n"
         "    DisableQuantizationLayer:\n"
         "      enabled: True\n"
     )
-
-
-def _quoted(name: str) -> str:
-    return "'" + name.replace("'", "''") + "'"
