@@ -10,11 +10,14 @@ import contextlib
 import io
 import sys
 import types
+from collections import Counter
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 __all__ = ["partition"]
+
+_DOT = "scaled_dot_product_attention"
 
 
 class _Anything(type):
@@ -58,7 +61,7 @@ def _stand_in(name: str) -> None:
     sys.modules[name] = module
 
 
-def partition(folder: str) -> dict[str, int]:
+def partition(folder: str) -> dict[str, Any]:
     """Partition a two-block Llama with a plan of three formats and return what came of it."""
     for name in ("tensorrt", "tensorrt.plugin"):
         _stand_in(name)
@@ -75,7 +78,7 @@ def partition(folder: str) -> dict[str, int]:
     plan = Plan.uniform(model, "bf16").replace(MIXED)
     exported = program(plan, "tensorrt", Path(folder))
     traced = exported["trace"](model, input_ids=ids())
-    planned = [p.executed for p in products(traced, plan, model)]
+    planned = Counter(p.executed for p in products(traced, plan, model))
     known = torch_tensorrt.dynamo.compile.__code__.co_varnames
     settings = exported["settings"](known)
     seen: list[Any] = []
@@ -83,17 +86,28 @@ def partition(folder: str) -> dict[str, int]:
     torch_tensorrt.dynamo._compiler.dryrun_stats_display = lambda tracker, *_: seen.append(tracker)
     with contextlib.redirect_stdout(io.StringIO()):
         device = torch_tensorrt.Device("cpu")
-        torch_tensorrt.dynamo.compile(
-            traced, arg_inputs=(), kwarg_inputs={"input_ids": ids()}, dryrun=True, min_block_size=1, device=device,
+        partitioned = torch_tensorrt.dynamo.compile(
+            traced,
+            arg_inputs=(),
+            kwarg_inputs={"input_ids": ids()},
+            dryrun=True,
+            min_block_size=1,
+            device=device,
             **settings,
-        )  # fmt: skip
+        )
     torch_tensorrt.dynamo._compiler.dryrun_stats_display = keep
     (tracker,) = seen
+    kept: Counter[tuple[str, ...]] = Counter()
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    for graph in (m.graph for m in partitioned.modules() if isinstance(m, torch.fx.GraphModule)):
+        for node in graph.nodes:
+            if getattr(node.target, "_opname", "") in ("linear", "mm", "addmm", "matmul", "embedding", _DOT):
+                values = [v.meta["val"] for v in node.all_input_nodes if v.meta.get("val") is not None]
+                kept[tuple(dict.fromkeys(names[v.dtype] for v in values if v.dtype in names))] += 1
     return {
         "engines": tracker.tensorrt_graph_count,
         "operators": tracker.total_ops_in_graph,
         "supported": tracker.supported_ops_in_graph,
-        "planned": len(planned),
-        "kept": len(planned),
-        "torch": torch.__version__ >= "2.13",
+        "planned": sorted((*formats, count) for formats, count in planned.items()),
+        "kept": sorted((*formats, count) for formats, count in kept.items()),
     }

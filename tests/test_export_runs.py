@@ -11,13 +11,15 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from export_worker import MODEL, WAYS, not_as_planned
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from zoo import ZOO
 
@@ -97,39 +99,12 @@ MIXED = {"blocks.0.ffn": "fp32", "blocks.1.attention": "fp16"}
 # training
 
 
-def batches(count: int) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": ids(), "labels": ids()} for _ in range(count)]
-
-
-def test_the_python_program_trains_as_planned(tmp_path: Path) -> None:
-    model = tiny()
-    plan = Plan.uniform(model, "bf16").replace(MIXED)
-    exported = program(plan, "python", tmp_path)
-    exported["prepare"](model)
-    losses = exported["train"](model, batches(4), torch.optim.AdamW(model.parameters(), lr=1e-2))
-    assert losses[-1] < losses[0]
-    assert not_as_planned(autoprec.audit(model, plan, batches(1)[0]), plan) == []
-
-
-def test_the_trainer_trains_as_planned(tmp_path: Path) -> None:
-    model = tiny()
-    plan = Plan.uniform(model, "bf16").replace({"blocks.0.ffn": "fp32", "lm_head": "fp32"})
-    exported = program(plan, "transformers", tmp_path)
-    options = {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
-    arguments = exported["make_arguments"](str(tmp_path), report_to=[], save_strategy="no", **options)
-    trainer = exported["make_trainer"](model, arguments, [{k: v[0] for k, v in b.items()} for b in batches(32)])
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    assert not_as_planned(autoprec.audit(trainer.model_wrapped, plan, batches(1)[0]), plan) == []
-
-
 def test_an_audit_of_another_plan_is_not_equal(tmp_path: Path) -> None:
     model = tiny()
     plan = Plan.uniform(model, "bf16")
     program(plan, "python", tmp_path)["prepare"](model)
     other = plan.replace({"blocks.1.ffn": "fp32"})
-    found = not_as_planned(autoprec.audit(model, other, batches(1)[0], in_force=False), other)
+    found = not_as_planned(autoprec.audit(model, other, {"input_ids": ids()}, in_force=False), other)
     assert found[0] == "blocks.1.ffn: {'bf16'}, not fp32"
 
 
@@ -165,14 +140,11 @@ def test_torchao_says_what_it_cannot_convert(tmp_path: Path) -> None:
         program(Plan.uniform(model, "fp8"), "torchao", tmp_path)["prepare"](model)
 
 
+# dynamo looks at .grad of each input, and a block's input is no leaf
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_blocks_share_graphs_and_give_the_bits_of_eager_ones(tmp_path: Path) -> None:
     torch.compiler.reset()
-    graphs = []
-
-    def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
+    counting = CompileCounterWithBackend("aot_eager")
     batch = {"input_ids": ids(), "labels": ids()}
     plan = Plan.uniform(tiny(), "bf16").replace({"lm_head": "fp32"})
     eager, compiled = tiny(), tiny()
@@ -185,22 +157,17 @@ def test_compiled_blocks_share_graphs_and_give_the_bits_of_eager_ones(tmp_path: 
     assert torch.equal(got.logits, wanted.logits)
     for (name, one), (_, other) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
         assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), name
-    assert len(graphs) == 1  # two blocks
+    assert counting.frame_count == 1  # two blocks
     torch.compiler.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the test above has compared bits
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_the_example_of_compiled_blocks_trains_as_planned(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = example("train_compiled").main(["--plan", str(three), *SMALL, "--backend", "aot_eager"])
     assert len(losses) == 4
     assert "audit: 10 of 10 units ran as planned, 0 disagreements" in capsys.readouterr().out
     torch.compiler.reset()
-
-
-def launch(command: list[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, env=os.environ | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
 
 
 @pytest.mark.slow
@@ -209,9 +176,10 @@ def test_accelerate_launch_reads_the_file_and_trains_as_planned(three: Path, tmp
     (tmp_path / "accelerate.yaml").write_text(text)
     script = [str(EXAMPLES / "train_accelerate.py"), "--plan", str(three), *SMALL]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
-    process = launch([*command, *script], {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
+    around = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, *script], env=around, capture_output=True, text=True, timeout=200)
+    out = done.stdout
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "accelerate's mixed_precision: fp16" in out  # what scales the loss, where there is a GPU
     assert "audit: 10 of 10 units ran as planned, 0 disagreements" in out
 
@@ -237,13 +205,29 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dic
     around = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     around |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "export_worker", str(place)]
-    started = [launch([*command, str(rank)], around | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    logs = [(place / f"log{rank}").open("w+") for rank in (0, 1)]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank)],
+            env=os.environ | around | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    until = time.monotonic() + 280
     try:
-        logs = [process.communicate(timeout=280)[0] for process in started]
+        # where one ends in an error the other would wait for it
+        while time.monotonic() < until and None in (codes := [p.poll() for p in started]) and not any(codes):
+            time.sleep(0.1)
     finally:
         for process in started:
             process.kill()
-    assert all((place / f"{rank}.json").exists() for rank in (0, 1)), "\n".join(logs)[-4000:]
+            process.wait()
+        for log in logs:
+            log.close()
+    said = "\n".join((place / f"log{rank}").read_text()[-3000:] for rank in (0, 1))
+    assert all((place / f"{rank}.json").exists() for rank in (0, 1)), said
     yield [json.loads((place / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -259,6 +243,11 @@ def test_two_processes_give_the_bits_of_one_and_the_formats_of_the_plan(
 # graphs
 
 
+#: torch.export's own
+LEAFSPEC = pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+
+
+@LEAFSPEC
 @pytest.mark.parametrize("make", [tiny, tiny_gpt2])
 def test_a_traced_program_holds_every_product_in_its_format(make: Any, tmp_path: Path) -> None:
     model = make()
@@ -274,6 +263,7 @@ def test_a_traced_program_holds_every_product_in_its_format(make: Any, tmp_path:
         assert torch.equal(trace.module()(input_ids=ids()).logits, model(input_ids=ids()).logits)
 
 
+@LEAFSPEC
 def test_a_program_is_not_taken_for_another_plans() -> None:
     model = tiny()
     plan = Plan.uniform(model, "bf16")
@@ -284,6 +274,7 @@ def test_a_program_is_not_taken_for_another_plans() -> None:
     assert len(wrong) == 3
 
 
+@LEAFSPEC
 def test_a_plan_that_a_program_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
@@ -318,9 +309,8 @@ def test_onnx_holds_the_plan_and_gives_its_numbers(low: str, runtime: str, tmp_p
     assert str(got.dtype) == {"fp16": "float16", "bf16": "bfloat16"}[low]
     # logits are below 1: half a unit of the last place where sums end in another order, and what a block carries on
     assert off <= 4 * fp32.abs().max() * {"fp16": 2**-11, "bf16": 2**-8}[low]
-    found = products(traced(model, plan, (), {"input_ids": ids()}), plan, model)
-    other = plan.replace({"blocks.0.ffn": low})
-    relabelled = products(traced(model, other, (), {"input_ids": ids()}), other, model)
+    trace, other = traced(model, plan, (), {"input_ids": ids()}), plan.replace({"blocks.0.ffn": low})
+    found, relabelled = products(trace, plan, model), products(trace, other, model)
     assert {p.executed for p in graph_products(onnx.load(file), found)} == {(low,), ("fp32",), ("fp16",)}
     with pytest.raises(PlanError, match=r"the ONNX graph does not hold the plan: Gemm of transformer\.h\.0\.mlp\.c_fc"):
         check_graph(onnx.load(file), relabelled, other)
@@ -331,19 +321,25 @@ def test_onnx_holds_the_plan_and_gives_its_numbers(low: str, runtime: str, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Keras's own
-def test_keras_builds_and_trains_with_the_planned_policies(
-    three: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_keras_builds_and_trains_with_the_planned_policies(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     model, exported, losses = example("train_keras").main(["--plan", str(three), *SMALL])
     assert len(losses) == 4 and losses[-1] < losses[0]
-    assert "float16 2" in capsys.readouterr().out
     ran = keras_products(model)
     plan = Plan.load(three)
+    assert plan.formats == {"fp32", "bf16", "fp16"}
     for unit in plan.units:
+        # FP16 products Keras widens by itself where its torch backend runs on a CPU; the policy is checked beside it
+        wanted = "fp32" if unit.format == "fp16" else str(unit.format)
         for module in unit.modules:
             if unit.role != "embedding":
-                assert ran[f"decoder/{module.replace('.', '/')}"] == {str(unit.format)}, module
+                assert ran[f"decoder/{module.replace('.', '/')}"] == {wanted}, module
+    computes = {layer.path: layer.compute_dtype for layer in model._flatten_layers()}
+    assert computes["decoder/transformer/h/2/mlp/c_fc"] == "float16"
+    other = dict(exported.POLICIES) | {"lm_head": "mixed_bfloat16"}
+    monkeypatch.setattr(exported, "POLICIES", other)
+    with pytest.raises(ValueError, match="decoder/lm_head computes in float32, and the plan says bfloat16"):
+        exported.check(model, lambda path: f"decoder/{path}")
 
 
 def keras_products(model: Any) -> dict[str, set[str]]:
