@@ -3,6 +3,7 @@
 AutoprecError
 ├── UsageError          an argument that cannot be read (exit code 2 on the command line)
 ├── PlanError           a plan that cannot be read, does not fit the model, or asks what cannot be
+│   └── ExportError     a plan that an export target cannot express; holds the nearest one that it can
 ├── ModelError          a model that cannot be loaded, understood or run
 ├── DataError           text or batches that cannot be used
 ├── DeviceError         a device that is absent or cannot do what was asked
@@ -20,6 +21,7 @@ __all__ = [
     "AutoprecError",
     "DataError",
     "DeviceError",
+    "ExportError",
     "Interrupted",
     "MeasurementError",
     "ModelError",
@@ -41,6 +43,14 @@ class UsageError(AutoprecError, ValueError):
 
 class PlanError(AutoprecError):
     """A plan that is damaged, foreign, does not fit the model, or asks for what cannot be done."""
+
+
+class ExportError(PlanError):
+    """A plan that an export target cannot express; `nearest` is the closest `Plan` that it can, if there is one."""
+
+    def __init__(self, message: str, *, nearest: object | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
 
 
 class ModelError(AutoprecError):

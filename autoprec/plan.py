@@ -259,7 +259,7 @@ class Plan:
             training_arguments={},
             evidence=Evidence(),
         )
-        return plan._with_training_needs()
+        return plan.with_training_needs()
 
     # changing
 
@@ -285,13 +285,13 @@ class Plan:
         if recipe is None and any(u.format is Format.FP8 for u in units):
             recipe = Fp8Recipe.TENSORWISE
         changed = dataclasses.replace(self, units=units, fp8_recipe=recipe, evidence=Evidence())
-        return changed._with_training_needs()
+        return changed.with_training_needs()
 
     def with_evidence(self, evidence: Evidence) -> Plan:
         """Return this plan with other evidence."""
         return dataclasses.replace(self, evidence=evidence)
 
-    def _with_training_needs(self) -> Plan:
+    def with_training_needs(self) -> Plan:
         """Set the gradient scaler and TrainingArguments that the formats ask for."""
         fp16 = Format.FP16 in {self.ambient, self.stream, *(u.format for u in self.units)}
         scaler = (self.grad_scaler or GradScalerSettings()) if fp16 and self.mode is Mode.TRAIN else None

@@ -464,8 +464,14 @@ def test_export_to_stdout_and_to_a_file(plan_file: str) -> None:
 
 
 def test_export_lists_its_targets(plan_file: str) -> None:
-    assert_failed(autoprec_run("export", plan_file, "--to", "onnx"), 2, "'onnx' is no export target", "transformers")
+    assert_failed(autoprec_run("export", plan_file, "--to", "onx"), 2, "'onx' is no export target", "closest: onnx")
     assert_failed(autoprec_run("export", plan_file), 2, "--to is missing", "python, transformers")
+
+
+def test_export_refuses_what_a_target_cannot_express(plan_file: str) -> None:
+    found = autoprec_run("export", plan_file, "--to", "torchao", "--out", "x.py")
+    assert_failed(found, 1, "'torchao' cannot express this plan", "model.layers.0.mlp.gate_proj", "nearest(")
+    assert not Path("x.py").exists()
 
 
 def test_export_to_a_missing_folder_writes_nothing(plan_file: str) -> None:

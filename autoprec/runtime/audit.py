@@ -30,6 +30,7 @@ def audit(
     loss: Callable[[Any], Tensor] | None = None,
     backward: bool = True,
     run: Callable[[], Any] | None = None,
+    in_force: bool = True,
 ) -> AuditReport:
     """Run one step of `model` with `plan` in force and return what each operator of each unit ran in.
 
@@ -43,11 +44,13 @@ def audit(
         loss: output to a scalar; else the output's `loss`, else the mean square of its tensors.
         backward: also audit the backward pass.
         run: replaces the call of the model; returns its output.
+        in_force: False audits a model that something else gave its formats, such as torchao's converter, against
+            the plan.
 
     Raises:
         PlanError: the plan is not in force on the model.
     """
-    problem = not_in_force(model, plan)
+    problem = not_in_force(model, plan) if in_force else None
     if problem is not None:
         raise PlanError(f"cannot audit: {problem}")
     modules = canonical_modules(model)

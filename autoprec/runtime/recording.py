@@ -199,9 +199,10 @@ class Recorder(TorchDispatchMode):
             self._behind(name, executed, floats)
 
     def _executed(self, place: _Place, kind: OpKind, floats: list[Tensor]) -> str:
-        dtypes = {t.dtype for t in floats}
+        held = [getattr(t, "_data", t) for t in floats]  # torchao's FP8 tensors call themselves what they stand for
+        dtypes = {t.dtype for t in held}
         if dtypes & set(_FP8):
-            return "fp8"
+            return "fp8 (emulated)" if any(_torchao_emulates(t) for t in floats) else "fp8"
         names = sorted({_NAMES.get(d, str(d).removeprefix("torch.")) for d in dtypes})
         wide = names == ["fp32"]
         if wide and place.unit is not None and place.unit.format is Format.FP8 and kind is OpKind.MATMUL:
@@ -317,6 +318,11 @@ def _is_eighth(tensor: Tensor) -> bool:
     """Say whether FP32 values are all values of an FP8 format."""
     values = tensor.detach()
     return any(torch.equal(values.to(dtype).float(), values) for dtype in _FP8)
+
+
+def _torchao_emulates(tensor: Tensor) -> bool:
+    """Say whether torchao widens an FP8 tensor before it multiplies."""
+    return bool(getattr(getattr(getattr(tensor, "_linear_mm_config", None), "output", None), "emulate", False))
 
 
 def _is_identity(tensor: Tensor) -> bool:
