@@ -28,7 +28,7 @@ def test_plans_train_under(wanted: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
     found = subprocess.run([python, "-c", "import transformers; print(transformers.__file__)"], capture_output=True)
     assert str(own) in found.stdout.decode() or wanted == "transformers"
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "test_trainer.py"]
     # another version has deprecations of its own, which are no error here
-    run = subprocess.run([*command, "-W", "default"], env=environment, capture_output=True, text=True)
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", TESTS / "test_trainer.py"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

@@ -9,10 +9,9 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from autoprec.errors import PlanError
-from autoprec.formats import Format
+from autoprec.errors import PlanError, UsageError
 from autoprec.plan import Plan
 from autoprec.runtime.checks import check_device, check_fits, check_forwards, check_leaves, check_trained
 from autoprec.runtime.identity import canonical_modules
@@ -20,7 +19,7 @@ from autoprec.runtime.integrity import note
 from autoprec.runtime.layout import Swap, swaps_of
 from autoprec.runtime.scope import Scope, enter_scope, leave_scope
 from autoprec.runtime.sharding import ddp_around, flattened, sharding_conflict
-from autoprec.runtime.storage import LoweredStorage, lower_storage
+from autoprec.runtime.storage import LoweredStorage, Storage, lower_storage
 from autoprec.runtime.switches import COMPILED_BACKWARD_AS_EAGER, FAST_ATTENTION_OFF
 from autoprec.runtime.tf32 import tf32_set
 
@@ -42,6 +41,7 @@ class Applied:
 
     model: nn.Module
     emulate: bool
+    storage: Storage
     _modules: Mapping[str, nn.Module]
     _decided: _Decided
     _switches: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -69,7 +69,7 @@ class Applied:
         try:
             # wrappers hold the old scopes' forward, which finds a new scope of the same kind in its place
             known = {(swap.module, swap.kind) for swap in before.swaps}
-            self._decided = _decide(self.model, plan, self._modules, self.emulate, known)
+            self._decided = _decide(self.model, plan, self._modules, self.emulate, self.storage, known)
             self._attach()
         except BaseException:
             self._decided = before
@@ -85,6 +85,18 @@ class Applied:
         self._check_attached()
         self._check_storage()
         self._detach()
+
+    def settle(self) -> None:
+        """Free the FP32 originals of weights that are stored low; `remove()` then leaves these weights as they are."""
+        self._check_attached()
+        if self._decided.storage is not None:
+            self._decided.storage.settle()
+
+    @property
+    def originals(self) -> Mapping[Tensor, Tensor]:
+        """The FP32 bits of each parameter that is stored low, for `runtime.optimizers.MasterWeights` to go on with."""
+        storage = self._decided.storage
+        return {} if storage is None else storage.originals()
 
     def _check_attached(self) -> None:
         if not self._attached:
@@ -142,7 +154,7 @@ class Applied:
         self._attached = False
 
 
-def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
+def apply(model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Storage | str = Storage.FP32) -> Applied:
     """Put `plan` in force on `model`, in place, and return the handle that removes it.
 
     Weights stay FP32 (master weights) unless the plan's stream is lower, as in `Plan.cast`. Parameters, names and
@@ -153,8 +165,12 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
         plan: what each unit computes in.
         emulate: compute FP8 units with FP8's rounding in FP32 arithmetic where the device has no FP8. Same numbers
             up to the order of summation, none of the speed.
+        storage: how weights of low units are stored meanwhile: `fp32`; `bf16` for inference, without a cast at each
+            call; `bf16-master` or `bf16-stochastic` for training, with the optimizers of `runtime.optimizers`. No
+            forward's result changes by a bit.
 
     Raises:
+        UsageError: no such storage.
         PlanError: the plan does not fit the model, is in force already, or asks for what its weights cannot give.
         DeviceError: the device lacks a format of the plan and `emulate` is off.
     """
@@ -162,15 +178,19 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
     if flat := flattened(model):
         raise PlanError(flat)
     check_fits(model, plan, modules)
-    handle = Applied(model=model, emulate=emulate, _modules=modules, _decided=_decide(model, plan, modules, emulate))
+    kept = _storage(storage)
+    decided = _decide(model, plan, modules, emulate, kept)
+    handle = Applied(model=model, emulate=emulate, storage=kept, _modules=modules, _decided=decided)
     handle._attach()
     return handle
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, plan: Plan, emulate: bool = False) -> Iterator[Applied]:
+def applied(
+    model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Storage | str = Storage.FP32
+) -> Iterator[Applied]:
     """Put `plan` in force for the length of a `with` block; errors as in `apply`."""
-    handle = apply(model, plan, emulate)
+    handle = apply(model, plan, emulate, storage=storage)
     try:
         yield handle
     finally:
@@ -183,16 +203,25 @@ def _decide(
     plan: Plan,
     modules: Mapping[str, nn.Module],
     emulate: bool,
+    storage: Storage,
     known: Collection[tuple[str, type[Scope]]] = (),
 ) -> _Decided:
     """Check what depends on formats and return what is to be done; `known` scopes may have a wrapped forward."""
-    check_trained(model, plan)
+    if storage in (Storage.FP32, Storage.BF16):
+        check_trained(model, plan)
     check_leaves(plan, modules)
     swaps = tuple(swaps_of(plan, modules, check_device(model, plan, modules, emulate)))
     check_forwards([swap for swap in swaps if (swap.module, swap.kind) not in known], modules)
     if conflict := sharding_conflict(dict(model.named_modules()), plan):  # wrappers among them
         raise PlanError(conflict)
-    return _Decided(plan, swaps, lower_storage(model, plan, modules) if plan.stream is not Format.FP32 else None)
+    return _Decided(plan, swaps, lower_storage(model, plan, modules, storage))
+
+
+def _storage(choice: Storage | str) -> Storage:
+    try:
+        return Storage(choice)
+    except ValueError:
+        raise UsageError(f"storage '{choice}' is not known; choose one of {', '.join(Storage)}") from None
 
 
 def _devices(model: nn.Module) -> tuple[str, ...]:

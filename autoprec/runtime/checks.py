@@ -64,8 +64,8 @@ def check_trained(model: nn.Module, plan: Plan) -> None:
         harm = f"an update smaller than 1/{part} of a weight is lost: there are no fp32 master copies"
     raise PlanError(
         f"{len(low)} of the weights to be trained are stored in {kind} (first '{name}'), and {harm}. Load the model "
-        "with dtype=torch.float32 (the plan does the casting), freeze what is not to be trained, or for inference make "
-        "the plan with mode='infer'."
+        "with dtype=torch.float32 (the plan does the casting), freeze what is not to be trained, choose storage='bf16-"
+        "master' or 'bf16-stochastic' with its optimizer, or for inference make the plan with mode='infer'."
     )
 
 

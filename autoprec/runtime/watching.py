@@ -1,6 +1,6 @@
 """Watching one step of a model with a plan in force: what each unit's layers hand on, and what gradients come back.
 
-For each leaf the largest |result|, for each gradient that arrives at a result its largest |value| and the share of it
+For each leaf the largest |result|, for each gradient that arrives at a result its largest |value| and the part of it
 that lies under the format's normal range. Largest values are of every element, because one is enough to overflow;
 shares are of at most 256 rows, evenly spaced. Nothing waits for the device before `readings` is called.
 
@@ -36,7 +36,7 @@ class Reading:
     format: Format
     largest_output: float
     largest_gradient: float | None
-    underflow: float | None  #: share of the gradient's nonzero values under the normal range of the unit's format
+    underflow: float | None  #: part of the gradient's sum of |values| in values under the normal range of the format
     overflow: float | None  #: share of the gradient's values over the format's largest, after scaling
     order: int  #: when its first value that was not finite came, counted over the layers run
 
@@ -105,7 +105,7 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _looked_at(gradient: Tensor, values: NumberFormat, recipe: Fp8Recipe | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return max |gradient|, its share under the normal range (of what is not zero), and that over the largest."""
+    """Return max |gradient|, the share of its sum of |values| under the normal range, and of its count over the top."""
     largest = _largest(gradient)
     rows = gradient.reshape(-1, gradient.shape[-1]) if gradient.dim() else gradient.reshape(1, 1)
     size = rows[:: math.ceil(len(rows) / _ROWS)].float().abs()
@@ -114,7 +114,9 @@ def _looked_at(gradient: Tensor, values: NumberFormat, recipe: Fp8Recipe | None)
         top = size.amax(1, keepdim=True) if recipe is Fp8Recipe.ROWWISE else largest
         smallest = values.smallest_normal * top / values.max
     over = ~(size <= values.max) if recipe is None else ~size.isfinite()
-    under = ((size > 0) & (size < smallest)).sum() / (size > 0).sum().clamp(min=1)
+    finite = size.nan_to_num(nan=0.0, posinf=0.0)
+    # a share of the sum and not of the count: a head's gradient has thousands of tiny values that make no difference
+    under = (finite * (finite < smallest)).sum() / finite.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return largest, under, over.float().mean()
 
 
