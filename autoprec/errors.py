@@ -8,6 +8,7 @@ AutoprecError
 ├── DataError           text or batches that cannot be used
 ├── DeviceError         a device that is absent or cannot do what was asked
 ├── MeasurementError    a run that gave no usable figure
+├── TrainingError       a training run that cannot go on: a loss or weights that are not finite
 ├── StudyError          a run folder or storage that cannot be used now
 └── Interrupted         the user stopped a search; what was measured is kept (exit code 130)
 """
@@ -27,6 +28,7 @@ __all__ = [
     "ModelError",
     "PlanError",
     "StudyError",
+    "TrainingError",
     "UsageError",
     "closest",
     "first_line",
@@ -67,6 +69,10 @@ class DeviceError(AutoprecError):
 
 class MeasurementError(AutoprecError):
     """A measurement that gave no usable figure, such as a reference loss that is not finite."""
+
+
+class TrainingError(AutoprecError):
+    """A training run that cannot go on, such as one whose loss or weights are not finite."""
 
 
 class StudyError(AutoprecError):

@@ -69,7 +69,7 @@ HOMES = {
     "sklearn": ("recommender.tree",),
     "pandas": ("catalog", "report"),
     "click": ("cli",),
-    "torchao": ("runtime.fp8",),
+    "torchao": ("runtime.fp8", "runtime.optimizers"),
     "torch_tensorrt": ("exporters.tensorrt",),
     "plotly": ("report.html",),
     "rich": ("report", "cli"),

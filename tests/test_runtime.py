@@ -344,7 +344,15 @@ def test_fp8_without_fp8_units_raises_and_changes_nothing(model: nn.Module) -> N
 def test_fp32_units_need_fp32_weights(model: nn.Module) -> None:
     model.to(torch.bfloat16)
     with pytest.raises(PlanError, match=r"holds bfloat16 weights.*dtype=torch.float32"):
-        apply(model, Plan.uniform(model, "fp32"))
+        apply(model, Plan.uniform(model, "fp32", mode="infer"))
+
+
+def test_weights_to_be_trained_need_master_copies(model: nn.Module) -> None:
+    plan = Plan.uniform(model, "bf16")
+    model.to(torch.bfloat16)
+    with pytest.raises(PlanError, match=r"stored in bfloat16.*1/512.*dtype=torch.float32"):
+        apply(model, plan)
+    apply(model, Plan.cast(model, "bf16")).remove()  # says itself that everything is stored low
 
 
 def test_an_exception_inside_leaves_the_model_restored(model: nn.Module) -> None:

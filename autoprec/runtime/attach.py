@@ -6,26 +6,33 @@ Everything is checked first, the swaps are decided (`layout`), then done at once
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from autoprec.errors import DeviceError, PlanError
-from autoprec.formats import Format
-from autoprec.plan import Plan, PlanUnit, check_modules
-from autoprec.runtime.fp8 import fp8_misaligned, fp8_missing
-from autoprec.runtime.identity import aliases, canonical_modules, fingerprint
-from autoprec.runtime.integrity import note, patched_forward
-from autoprec.runtime.layout import Swap, holds_experts, is_packed, swaps_of
+from autoprec.errors import PlanError, UsageError
+from autoprec.plan import Plan
+from autoprec.runtime.checks import check_device, check_fits, check_forwards, check_leaves, check_trained
+from autoprec.runtime.identity import canonical_modules
+from autoprec.runtime.integrity import note
+from autoprec.runtime.layout import Swap, swaps_of
 from autoprec.runtime.scope import Scope, enter_scope, leave_scope
 from autoprec.runtime.sharding import ddp_around, flattened, sharding_conflict
-from autoprec.runtime.storage import LoweredStorage, lower_storage
+from autoprec.runtime.storage import LoweredStorage, Storage, lower_storage
 from autoprec.runtime.switches import COMPILED_BACKWARD_AS_EAGER, FAST_ATTENTION_OFF
 from autoprec.runtime.tf32 import tf32_set
 
 __all__ = ["Applied", "applied", "apply"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decided:
+    """A plan with all that puts it in force on one model, nothing of it done yet."""
+
+    plan: Plan
+    swaps: tuple[Swap, ...]
+    storage: LoweredStorage | None
 
 
 @dataclass(eq=False)
@@ -33,13 +40,41 @@ class Applied:
     """A plan in force on a model; `remove()` takes it off and restores the model and every global switch."""
 
     model: nn.Module
-    plan: Plan
     emulate: bool
-    _swaps: tuple[Swap, ...]
+    storage: Storage
     _modules: Mapping[str, nn.Module]
-    _storage: LoweredStorage | None = None
+    _decided: _Decided
     _switches: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _attached: bool = False
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._decided.plan
+
+    def change(self, plan: Plan) -> None:
+        """Put another plan of the same model in force instead, also under a Trainer, DDP or an optimizer made since.
+
+        Compiled code is compiled anew where a unit changed. On an error the old plan stays in force.
+
+        Raises:
+            PlanError, DeviceError: as `apply`; or the plan in force was removed.
+        """
+        self._check_attached()
+        before = self._decided
+        if plan.model.fingerprint != before.plan.model.fingerprint:
+            raise PlanError(f"the plan in force is of {before.plan.model.id}, the one given of {plan.model.id}")
+        self._check_storage()
+        self._detach()
+        try:
+            # wrappers hold the old scopes' forward, which finds a new scope of the same kind in its place
+            known = {(swap.module, swap.kind) for swap in before.swaps}
+            self._decided = _decide(self.model, plan, self._modules, self.emulate, self.storage, known)
+            self._attach()
+        except BaseException:
+            self._decided = before
+            self._attach()
+            raise
 
     def remove(self) -> None:
         """Restore classes, storage and switches; what training changed meanwhile is kept.
@@ -47,17 +82,33 @@ class Applied:
         Raises:
             PlanError: the plan was removed before; or it stores weights low and the model was sharded or wrapped since.
         """
-        if not self._attached:
-            raise PlanError("this plan is not in force any more: it was removed before")
+        self._check_attached()
         self._check_storage()
         self._detach()
 
+    def settle(self) -> None:
+        """Free the FP32 originals of weights that are stored low; `remove()` then leaves these weights as they are."""
+        self._check_attached()
+        if self._decided.storage is not None:
+            self._decided.storage.settle()
+
+    @property
+    def originals(self) -> Mapping[Tensor, Tensor]:
+        """The FP32 bits of each parameter that is stored low, for `runtime.optimizers.MasterWeights` to go on with."""
+        storage = self._decided.storage
+        return {} if storage is None else storage.originals()
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise PlanError("this plan is not in force any more: it was removed before")
+
     def _check_storage(self) -> None:
         """Check that the weights a plan stores low are where it left them, so that their FP32 bits can come back."""
-        if self._storage is None:
+        storage = self._decided.storage
+        if storage is None:
             return
         what = None
-        if name := self._storage.replaced(self.model):
+        if name := storage.replaced(self.model):
             what = f"its parameters were replaced since (first '{name}'), as fully_shard does"
         elif ddp_around(self._modules[""]):
             what = "DistributedDataParallel was put around it since, and holds them as they are"
@@ -79,11 +130,12 @@ class Applied:
 
     def _attach(self) -> None:
         try:
-            if self._storage is not None:
-                self._storage.lower()
-            for swap in self._swaps:
+            swaps, storage = self._decided.swaps, self._decided.storage
+            if storage is not None:
+                storage.lower()
+            for swap in swaps:
                 enter_scope(self._modules[swap.module], swap.kind, name=swap.module, **swap.settings)
-            note(self._modules, self.plan, {swap.module: swap.kind.__name__ for swap in self._swaps})
+            note(self._modules, self.plan, {swap.module: swap.kind.__name__ for swap in swaps})
             self._switches.enter_context(COMPILED_BACKWARD_AS_EAGER)
             if any(isinstance(m, nn.MultiheadAttention) for m in self._modules.values()):
                 self._switches.enter_context(FAST_ATTENTION_OFF)
@@ -95,55 +147,50 @@ class Applied:
 
     def _detach(self) -> None:
         self._switches.close()
-        for swap in self._swaps:
+        for swap in self._decided.swaps:
             leave_scope(self._modules[swap.module])
-        if self._storage is not None:
-            self._storage.restore()
+        if self._decided.storage is not None:
+            self._decided.storage.restore()
         self._attached = False
 
 
-def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
+def apply(model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Storage | str = Storage.FP32) -> Applied:
     """Put `plan` in force on `model`, in place, and return the handle that removes it.
 
     Weights stay FP32 (master weights) unless the plan's stream is lower, as in `Plan.cast`. Parameters, names and
     the module objects stay the same, so an optimizer made before or after sees the same parameters.
 
     Args:
-        model: the model the plan was made for, wrapped or not; weights in FP32 where the plan has FP32 units.
+        model: the model the plan was made for, wrapped or not; weights in FP32 where the plan has FP32 units or trains.
         plan: what each unit computes in.
         emulate: compute FP8 units with FP8's rounding in FP32 arithmetic where the device has no FP8. Same numbers
             up to the order of summation, none of the speed.
+        storage: how weights of low units are stored meanwhile: `fp32`; `bf16` for inference, without a cast at each
+            call; `bf16-master` or `bf16-stochastic` for training, with the optimizers of `runtime.optimizers`. No
+            forward's result changes by a bit.
 
     Raises:
+        UsageError: no such storage.
         PlanError: the plan does not fit the model, is in force already, or asks for what its weights cannot give.
         DeviceError: the device lacks a format of the plan and `emulate` is off.
     """
     modules = canonical_modules(model)
     if flat := flattened(model):
         raise PlanError(flat)
-    _check_fits(model, plan, modules)
-    emulated = _check_device(model, plan, modules, emulate)
-    swaps = tuple(swaps_of(plan, modules, emulated))
-    _check_forwards(swaps, modules)
-    if conflict := sharding_conflict(dict(model.named_modules()), plan):  # wrappers among them
-        raise PlanError(conflict)
-    storage = lower_storage(model, plan, modules) if plan.stream is not Format.FP32 else None
-    handle = Applied(
-        model=model,
-        plan=plan,
-        emulate=emulate,
-        _swaps=swaps,
-        _modules=modules,
-        _storage=storage,
-    )
+    check_fits(model, plan, modules)
+    kept = _storage(storage)
+    decided = _decide(model, plan, modules, emulate, kept)
+    handle = Applied(model=model, emulate=emulate, storage=kept, _modules=modules, _decided=decided)
     handle._attach()
     return handle
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, plan: Plan, emulate: bool = False) -> Iterator[Applied]:
+def applied(
+    model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Storage | str = Storage.FP32
+) -> Iterator[Applied]:
     """Put `plan` in force for the length of a `with` block; errors as in `apply`."""
-    handle = apply(model, plan, emulate)
+    handle = apply(model, plan, emulate, storage=storage)
     try:
         yield handle
     finally:
@@ -151,101 +198,31 @@ def applied(model: nn.Module, plan: Plan, emulate: bool = False) -> Iterator[App
             handle.remove()
 
 
-# checks, all before anything is changed
+def _decide(
+    model: nn.Module,
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    emulate: bool,
+    storage: Storage,
+    known: Collection[tuple[str, type[Scope]]] = (),
+) -> _Decided:
+    """Check what depends on formats and return what is to be done; `known` scopes may have a wrapped forward."""
+    if storage in (Storage.FP32, Storage.BF16):
+        check_trained(model, plan)
+    check_leaves(plan, modules)
+    swaps = tuple(swaps_of(plan, modules, check_device(model, plan, modules, emulate)))
+    check_forwards([swap for swap in swaps if (swap.module, swap.kind) not in known], modules)
+    if conflict := sharding_conflict(dict(model.named_modules()), plan):  # wrappers among them
+        raise PlanError(conflict)
+    return _Decided(plan, swaps, lower_storage(model, plan, modules, storage))
 
 
-def _check_fits(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
-    if any(isinstance(module, Scope) for module in modules.values()):
-        raise PlanError("a plan is in force on this model already; remove() it first")
-    _check_names(model, plan, modules)
-    if fingerprint(model) != plan.model.fingerprint:
-        raise PlanError(
-            f"the plan was made for {plan.model.id} ({plan.model.class_name}), and this {type(model).__name__} differs "
-            "in its modules, shapes or ties. Make a plan for this model: autoprec recommend, or Plan.uniform(model, …)."
-        )
-    for unit in plan.units:
-        for name in unit.modules:
-            _check_leaf(unit, name, modules[name])
-
-
-def _check_names(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
-    named = [name for unit in plan.units for name in unit.modules]
-    if any(name not in modules for name in named):
-        second = aliases(model)
-        for name in named:
-            if name in second:
-                raise PlanError(
-                    f"the plan names module '{name}', which is another name of '{second[name]}': one module has one "
-                    f"format. Name it '{second[name]}' in the plan."
-                )
-    check_modules(plan, modules)
-
-
-def _check_leaf(unit: PlanUnit, name: str, leaf: nn.Module) -> None:
-    own = [p for p in leaf._parameters.values() if p is not None]
-    if not own and not nn.utils.parametrize.is_parametrized(leaf):
-        raise PlanError(f"unit '{unit.name}': {name} is a {type(leaf).__name__} without a weight of its own")
-    low = [p for p in own if p.dtype in (torch.bfloat16, torch.float16)]
-    if unit.format is Format.FP32 and low and not is_packed(leaf):
-        raise PlanError(
-            f"unit '{unit.name}' is to compute in fp32, but {name} holds {str(low[0].dtype).removeprefix('torch.')} "
-            "weights, whose lost bits no plan can bring back. Load the model with dtype=torch.float32."
-        )
-    if unit.format is Format.FP8 and (is_packed(leaf) or isinstance(leaf, nn.modules.conv._ConvNd)):
-        what = "its weight is packed in integers" if is_packed(leaf) else "no FP8 convolution kernel exists in PyTorch"
-        raise PlanError(f"unit '{unit.name}' cannot take fp8: {name} is a {type(leaf).__name__}, and {what}. Use bf16.")
-
-
-def _check_forwards(swaps: tuple[Swap, ...], modules: Mapping[str, nn.Module]) -> None:
-    for swap in swaps:
-        if patch := patched_forward(modules[swap.module]):
-            where = f"module '{swap.module}'" if swap.module else "the model"
-            raise PlanError(
-                f"{where} has a forward set on the instance ({patch}), which hides that of any class, so no plan could "
-                "act there. Apply the plan first, and prepare, dispatch or patch the model afterwards."
-            )
-
-
-def _check_device(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module], emulate: bool) -> bool:
-    """Return whether FP8 is to be emulated."""
-    devices = tuple(dict.fromkeys(str(p.device) for p in model.parameters()))
-    if len(devices) > 1:
-        raise PlanError(
-            f"the weights are on several devices ({', '.join(devices)}); move the model to one, or shard it (FSDP2)"
-        )
-    units = [u for u in plan.units if u.format is Format.FP8]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    missing = fp8_missing(device)
-    if units and not missing:
-        for unit in units:
-            for name in unit.modules:
-                _check_fp8(unit, name, modules[name], emulate)
-    if units and missing and not emulate:
-        raise DeviceError(
-            f"{missing}; the plan has fp8 in {len(units)} units (first '{units[0].name}'). Try a plan for this device "
-            "(autoprec recommend MODEL), or emulate=True (--emulate) for FP8's numbers without its speed."
-        )
-    low = {plan.ambient, plan.stream, *plan.formats}
-    if device.type == "cuda" and Format.BF16 in low and not torch.cuda.is_bf16_supported():
-        raise DeviceError(f"{torch.cuda.get_device_name(device)} cannot compute in bf16; recommend a plan for it")
-    return bool(missing)
+def _storage(choice: Storage | str) -> Storage:
+    try:
+        return Storage(choice)
+    except ValueError:
+        raise UsageError(f"storage '{choice}' is not known; choose one of {', '.join(Storage)}") from None
 
 
 def _devices(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(p.device.type for p in model.parameters()))
-
-
-def _check_fp8(unit: PlanUnit, name: str, leaf: nn.Module, emulate: bool) -> None:
-    """Check that the device's FP8 kernels take a leaf."""
-    if holds_experts(leaf):
-        if not emulate:
-            raise DeviceError(
-                f"unit '{unit.name}': {name} holds its experts in 3-D parameters, for which torchao has no stable FP8 "
-                "kernel. Give the unit bf16, or emulate=True (--emulate) for FP8's numbers without its speed."
-            )
-        return
-    for weight in (p for p in leaf._parameters.values() if p is not None and p.dim() == 2):
-        rows, columns = weight.shape
-        outputs, inputs = (columns, rows) if type(leaf).__name__ == "Conv1D" else (rows, columns)
-        if wrong := fp8_misaligned(inputs, outputs):
-            raise PlanError(f"unit '{unit.name}': {name} cannot take fp8: {wrong}")

@@ -1,0 +1,1 @@
+"""Plans inside other libraries' training; each file is imported by name, because each needs its library."""
