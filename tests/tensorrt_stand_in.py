@@ -44,7 +44,7 @@ class _Anything(type):
 
 class _Module(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name == "tensorrt_rtx":  # by which another product is told
             raise AttributeError(name)
         made = _Anything(name, (), {})
         setattr(self, name, made)
@@ -55,20 +55,33 @@ def _stand_in(name: str) -> None:
     module = _Module(name)
     module.__spec__ = ModuleSpec(name, None)
     module.__path__ = []
-    module.__file__ = ""
+    module.__file__ = __file__
     module.__loader__ = None
     module.__version__ = "11.0.0"  # type: ignore[attr-defined]
+    vars(module)["tensorrt"] = module  # the real one's names are found under both
     sys.modules[name] = module
+
+
+def _as_with_cuda(torch: Any) -> None:
+    """Give a CPU build of PyTorch the few names of CUDA that are asked for at import."""
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.mem_get_info = lambda *_: (2**33, 2**34)
+    if not hasattr(torch._C, "_CudaDeviceProperties"):
+        torch._C._CudaDeviceProperties = type("_CudaDeviceProperties", (), {})
 
 
 def partition(folder: str) -> dict[str, Any]:
     """Partition a two-block Llama with a plan of three formats and return what came of it."""
-    for name in ("tensorrt", "tensorrt.plugin"):
-        _stand_in(name)
     import torch
 
+    _as_with_cuda(torch)
+    for name in ("tensorrt", "tensorrt.plugin"):
+        _stand_in(name)
     with contextlib.redirect_stdout(io.StringIO()):
         import torch_tensorrt
+    torch_tensorrt.dynamo._compiler.to_torch_device = lambda device: torch.device("cpu")
+    torch_tensorrt.dynamo.utils.to_torch_device = lambda device: torch.device("cpu")
     from test_export_runs import MIXED, ids, program, tiny
 
     from autoprec.exporters.program import products
@@ -85,14 +98,12 @@ def partition(folder: str) -> dict[str, Any]:
     keep = torch_tensorrt.dynamo._compiler.dryrun_stats_display
     torch_tensorrt.dynamo._compiler.dryrun_stats_display = lambda tracker, *_: seen.append(tracker)
     with contextlib.redirect_stdout(io.StringIO()):
-        device = torch_tensorrt.Device("cpu")
         partitioned = torch_tensorrt.dynamo.compile(
             traced,
             arg_inputs=(),
             kwarg_inputs={"input_ids": ids()},
             dryrun=True,
             min_block_size=1,
-            device=device,
             **settings,
         )
     torch_tensorrt.dynamo._compiler.dryrun_stats_display = keep

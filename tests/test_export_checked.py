@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 import samples
 
-import autoprec
 from autoprec.exporters import export
 from autoprec.exporters.torchtitan import titan_name
 from autoprec.plan import Plan
@@ -139,11 +139,30 @@ def test_torchtitan_converts_the_planned_layers(installed: Any) -> None:
         assert f'"{theirs.replace(".0.", ".{}.").replace(".1.", ".{}.").replace(".2.", ".{}.")}.weight"' in adapter
 
 
+#: Transformer Engine's own stands on its CUDA library; the inspector only asks that there is one
+API = """
+from nvdlfw_inspect.base import BaseNamespaceAPI
+from nvdlfw_inspect.registry import Registry
+
+BaseNamespaceAPI.__abstractmethods__ = frozenset()  # none is called here
+
+
+@Registry.register_namespace_api(namespace="transformer_engine")
+class TransformerEngineAPI(BaseNamespaceAPI):
+    pass
+"""
+
+
 def test_transformer_engine_reads_the_recipe_and_the_exclusions(installed: Any, tmp_path: Path) -> None:
     engine, inspector = installed("transformer-engine==2.20.2"), installed("nvdlfw-inspect==0.2.2")
     made = plan("fp8")
     text = export(made, "transformer-engine")
     (tmp_path / "autoprec.yaml").write_text(constant(text, "EXCLUDED"))
+    features = tmp_path / "features"  # the others cannot be imported without CUDA
+    features.mkdir()
+    feature = "disable_quantization_layer.py"
+    shutil.copy(engine / "transformer_engine/debug/features" / feature, features)
+    (features / "api.py").write_text(API)
     layers = {m: str(u.format) for u in made.units if u.role != "embedding" for m in u.modules}
     code = f"""
 import importlib.util, json, sys
@@ -157,7 +176,7 @@ made = recipe.Float8CurrentScaling(fp8_format=recipe.Format.HYBRID)
 import nvdlfw_inspect.api as debug_api
 from nvdlfw_inspect.config_manager import ConfigManager
 debug_api.initialize(config_file={str(tmp_path / "autoprec.yaml")!r},
-    feature_dirs=[{str(engine)!r} + "/transformer_engine/debug/features/disable_quantization_layer.py"],
+    feature_dirs=[{str(features)!r}],
     log_dir={str(tmp_path)!r})
 class Net(torch.nn.Module):
     pass
@@ -202,8 +221,9 @@ print(json.dumps(products({export(made, "jax")!r})))
 def test_tensorrts_front_end_takes_the_program(installed: Any, tmp_path: Path) -> None:
     """torch-tensorrt partitions the program with a stand-in for TensorRT's module: no engine is built."""
     folder = installed("torch-tensorrt==2.13.0", "dllist")
+    shutil.rmtree(folder / "torch_tensorrt" / "lib", ignore_errors=True)  # what needs CUDA and TensorRT to be loaded
     code = f"""
-import json, runpy, sys
+import json, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import tensorrt_stand_in
 print(json.dumps(tensorrt_stand_in.partition({str(tmp_path)!r})))
@@ -212,4 +232,3 @@ print(json.dumps(tensorrt_stand_in.partition({str(tmp_path)!r})))
     assert result["engines"] == 1
     assert result["supported"] == result["operators"]
     assert result["kept"] == result["planned"]
-    assert autoprec.__version__

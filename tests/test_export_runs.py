@@ -360,7 +360,8 @@ def keras_products(model: Any) -> dict[str, set[str]]:
     for layer in model._flatten_layers():
         hooks.append(layer.register_forward_pre_hook(lambda module, args: running.append(module.path)))
         hooks.append(layer.register_forward_hook(lambda module, args, output: running.pop() and None))
-    with Seen(), torch.no_grad():
+    seen: Any = Seen
+    with seen(), torch.no_grad():
         model(ids().numpy())
     for hook in hooks:
         hook.remove()

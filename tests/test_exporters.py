@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import autoprec
 from autoprec.errors import ExportError, UsageError
 from autoprec.exporters import TARGETS, export, nearest
+from autoprec.formats import Format
 from autoprec.plan import Evidence, GradScalerSettings, Plan, PlanModel
 from autoprec.records import Mode
 
@@ -142,7 +143,7 @@ def test_the_nearest_plan_changes_no_more_than_it_must() -> None:
 
 def test_torchtitan_refuses_names_that_hit_other_layers() -> None:
     plan = Plan.uniform(samples.model_profile(), "fp8", fp8_recipe="rowwise")
-    units = tuple(replace(u, modules=("head",), format="bf16") if u.name == "lm_head" else u for u in plan.units)
+    units = tuple(replace(u, modules=("head",), format=Format.BF16) if u.name == "lm_head" else u for u in plan.units)
     units = tuple(replace(u, modules=("model.headroom",)) if u.name == "blocks.1.ffn" else u for u in units)
     with pytest.raises(ExportError, match="'head', which is not to be in fp8, is part of 'model.headroom'"):
         export(replace(plan, units=units), "torchtitan")

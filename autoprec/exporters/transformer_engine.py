@@ -98,8 +98,8 @@ def _pieces(line: str) -> list[str]:
 def _exclusions(plan: Plan) -> str:
     """Return the YAML that takes every layer out of FP8 that the plan does not have in it.
 
-    By one pattern for whole names: `exact_layer_names` raises for every layer that is not in the list. Names may
-    begin with a dot, as nvdlfw-inspect writes them below a root.
+    By one pattern for whole names: `exact_layer_names` raises for every layer that is not in the list. Names begin
+    with `model.`, the root's, where `infer_and_assign_layer_names` gave them.
     """
     names = [m for u in plan.units if u.format is not Format.FP8 and u.role is not Role.EMBEDDING for m in u.modules]
     if not names:
@@ -109,7 +109,7 @@ def _exclusions(plan: Plan) -> str:
         "autoprec_not_fp8:\n"
         "  enabled: True\n"
         "  layers:\n"
-        f"    layer_name_regex_pattern: '^\\.?(?:{pattern})$'\n"
+        f"    layer_name_regex_pattern: '^model\\.(?:{pattern})$'\n"
         "  transformer_engine:\n"
         "    DisableQuantizationLayer:\n"
         "      enabled: True\n"
