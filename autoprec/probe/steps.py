@@ -25,7 +25,7 @@ from autoprec.probe.workload import Workload
 from autoprec.records import Mode
 from autoprec.runtime.tf32 import tf32_set
 
-__all__ = ["Peak", "Stepper", "device_of", "gradients", "kept_state", "peak_bytes", "plain_fp32", "timed"]
+__all__ = ["Peak", "Stepper", "device_of", "gradients", "kept_state", "peak_bytes", "plain_fp32", "scaler_of", "timed"]
 
 
 class Stepper:
@@ -59,12 +59,13 @@ class Stepper:
             trained = [p for p in self.workload.model.parameters() if p.requires_grad]
             fused = self.device.type in ("cpu", "cuda", "mps", "xpu")
             self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=fused)
-            self.scaler = _scaler(self.device, self.scaling)
+            self.scaler = scaler_of(self.device, self.scaling)
         assert self.scaler is not None
         return self.optimizer, self.scaler
 
 
-def _scaler(device: torch.device, settings: GradScalerSettings | None) -> torch.amp.GradScaler:
+def scaler_of(device: torch.device, settings: GradScalerSettings | None) -> torch.amp.GradScaler:
+    """Return the gradient scaler that a plan's settings ask for; one that does nothing where they are None."""
     if settings is None:
         return torch.amp.GradScaler(device.type, enabled=False)
     return torch.amp.GradScaler(
