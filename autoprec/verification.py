@@ -6,24 +6,46 @@ from collections.abc import Callable
 
 import torch
 
+from autoprec.errors import UsageError
+from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
 from autoprec.probe.device import device_name
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.workload import Workload
-from autoprec.records import AuditReport, Check, CheckOutcome, Figure, Measurement, Mode, Verification
+from autoprec.records import (
+    AuditReport,
+    Check,
+    CheckOutcome,
+    Figure,
+    Measurement,
+    Mode,
+    Role,
+    TrainingVerdict,
+    Verification,
+)
 from autoprec.runtime.attach import applied
 from autoprec.runtime.audit import audit
 from autoprec.runtime.identity import weights_digest
+from autoprec.training import confirm_training
 
 __all__ = ["verify"]
+
+PLAN = "the plan"
 
 #: two times within 2 % count as the same; a peak of memory moves as much with the allocator's blocks
 _SAME = 0.02
 
 
 def verify(
-    workload: Workload, plan: Plan, emulate: bool = False, *, tell: Callable[[str], None] = lambda text: None
+    workload: Workload,
+    plan: Plan,
+    emulate: bool = False,
+    *,
+    train_steps: int = 0,
+    seeds: int = 8,
+    learning_rate: float = 1e-4,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Verification:
     """Audit one step of a plan on a workload, measure it against FP32, and compare with the plan's own figures.
 
@@ -36,12 +58,19 @@ def verify(
         workload: model and batches, on the device to measure on, in the plan's mode.
         plan: a plan for this model.
         emulate: compute FP8 with its rounding and none of its speed where the device has none.
+        train_steps: also train the plan and blanket BF16 beside FP32 for so many steps (`confirm_training`); a plan
+            that trains worse does not hold.
+        seeds: runs of each in that.
+        learning_rate: in that.
         tell: called with a sentence as each part begins.
 
     Raises:
+        UsageError: training asked of a workload or plan for inference.
         PlanError, DeviceError: as `autoprec.apply`.
         MeasurementError: the reference cannot be run, or its output is not finite.
     """
+    if train_steps and Mode.INFER in (workload.mode, plan.mode):
+        raise UsageError("training can be confirmed of a plan for training, and this one was made for inference")
     here = device_of(workload.model)
     tell("Auditing one step")
     report = _audited(workload, plan, emulate)
@@ -65,7 +94,17 @@ def verify(
         for check in checks
         if check.outcome is CheckOutcome.WORSE
     ]
+    training = None
+    if train_steps and found.drop is not None:
+        arms = {PLAN: plan} | ({} if _is_blanket(plan) else {"uniform bf16": Plan.uniform(workload.model, Format.BF16)})
+        training = confirm_training(
+            workload, arms, steps=train_steps, seeds=seeds, learning_rate=learning_rate, emulate=emulate, tell=tell
+        )
+        arm = training.arms[0]
+        if arm.verdict is TrainingVerdict.WORSE:
+            problems.append(f"trained for {train_steps} steps the plan does worse than fp32: {arm.reason}")
     return Verification(
+        training=training,
         model_id=workload.model_id,
         device=device_name(here),
         mode=workload.mode,
@@ -75,6 +114,13 @@ def verify(
         warnings=tuple(_warnings(workload, plan, report, here)),
         problems=tuple(problems),
         holds=not problems,
+    )
+
+
+def _is_blanket(plan: Plan) -> bool:
+    """Say whether a plan is uniform BF16 itself."""
+    return plan.ambient is Format.BF16 and all(
+        u.format is (Format.FP32 if u.role is Role.EMBEDDING else Format.BF16) for u in plan.units
     )
 
 

@@ -41,6 +41,7 @@ FLOORS = {
     "recommender": 5,
     "exporters": 5,
     "measurement": 6,
+    "training": 6,
     "verification": 6,
     "doctor": 6,
     "study": 7,
@@ -59,6 +60,7 @@ NEIGHBOURS = {
     ("exporters", "probe"),
     ("doctor", "measurement"),
     ("verification", "measurement"),
+    ("verification", "training"),
     ("files", "formats"),
     ("quantities", "formats"),
 }

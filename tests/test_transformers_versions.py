@@ -29,6 +29,16 @@ def test_plans_train_under(wanted: str, tmp_path: Path) -> None:
     found = subprocess.run([python, "-c", "import transformers; print(transformers.__file__)"], capture_output=True)
     assert str(own) in found.stdout.decode() or wanted == "transformers"
     # another version has deprecations of its own, which are no error here
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", TESTS / "test_trainer.py"]
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "default",
+        str(TESTS / "test_trainer.py"),
+    ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

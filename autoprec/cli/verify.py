@@ -29,8 +29,26 @@ __all__ = ["command"]
 @workload_options
 @device_option
 @click.option("--emulate", is_flag=True, help="FP8 by its rounding, without its speed, where the device has none.")
+@click.option("--train-steps", metavar="N", type=click.IntRange(min=1), help="Also train it beside FP32 for N steps.")
+@click.option(
+    "--seeds", metavar="K", type=click.IntRange(min=2), default=8, show_default=True, help="Runs of each in that."
+)
+@click.option(
+    "--learning-rate", metavar="X", type=float, default=1e-4, show_default=True, help="Of AdamW, constant, in that."
+)
+@click.option("--curves", metavar="F", type=click.Path(dir_okay=False), help="Write the loss curves there, as JSON.")
 @json_option
-def command(plan: str, model: str | None, emulate: bool, as_json: bool, **workload: Any) -> None:
+def command(
+    plan: str,
+    model: str | None,
+    emulate: bool,
+    train_steps: int | None,
+    seeds: int,
+    learning_rate: float,
+    curves: str | None,
+    as_json: bool,
+    **workload: Any,
+) -> None:
     """Measure a plan again, here, and audit what it runs in.
 
     PLAN is a plan.json, RUN a run folder that holds one. MODEL is as for
@@ -39,8 +57,13 @@ def command(plan: str, model: str | None, emulate: bool, as_json: bool, **worklo
     One step is audited, operator by operator; then the plan is measured
     beside FP32 and held against the figures it came with. Exit code 1 where
     it does not hold. Give the same data options as to the search.
+
+    With --train-steps the plan and blanket BF16 are trained beside FP32
+    from the same weights on the same batches, over K seeds, and judged on
+    held-out batches against what seeds alone do.
     """
     from autoprec.files import as_json as plain_data
+    from autoprec.files import write_json
     from autoprec.report.audits import print_verification
     from autoprec.report.progress import News
 
@@ -61,7 +84,17 @@ def command(plan: str, model: str | None, emulate: bool, as_json: bool, **worklo
             news.say(note)
         from autoprec.verification import verify
 
-        found = verify(built, wanted, emulate, tell=news.doing)
+        found = verify(
+            built,
+            wanted,
+            emulate,
+            train_steps=train_steps or 0,
+            seeds=seeds,
+            learning_rate=learning_rate,
+            tell=news.doing,
+        )
+    if curves and found.training is not None:
+        write_json(curves, plain_data(found.training))
     if as_json:
         print_json(plain_data(found))
     else:

@@ -25,7 +25,7 @@ from autoprec.probe.workload import Workload
 from autoprec.records import Mode
 from autoprec.runtime.tf32 import tf32_set
 
-__all__ = ["Peak", "Stepper", "device_of", "gradients", "kept_state", "peak_bytes", "plain_fp32", "timed"]
+__all__ = ["Peak", "Stepper", "device_of", "gradients", "kept_state", "peak_bytes", "plain_fp32", "scaler_of", "timed"]
 
 
 class Stepper:
@@ -45,7 +45,7 @@ class Stepper:
         """Return one with another loss scale that shares the optimizer, whose states take memory."""
         other = Stepper(self.workload, scaling)
         if self.optimizer is not None:
-            other.optimizer, other.scaler = self.optimizer, _scaler(self.device, scaling)
+            other.optimizer, other.scaler = self.optimizer, scaler_of(self.device, scaling)
         return other
 
     def run(self, batch: Batch) -> Any:
@@ -66,12 +66,13 @@ class Stepper:
             trained = [p for p in self.workload.model.parameters() if p.requires_grad]
             fused = self.device.type in ("cpu", "cuda", "mps", "xpu")
             self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=fused)
-            self.scaler = _scaler(self.device, self.scaling)
+            self.scaler = scaler_of(self.device, self.scaling)
         assert self.scaler is not None
         return self.optimizer, self.scaler
 
 
-def _scaler(device: torch.device, settings: GradScalerSettings | None) -> torch.amp.GradScaler:
+def scaler_of(device: torch.device, settings: GradScalerSettings | None) -> torch.amp.GradScaler:
+    """Return the gradient scaler that a plan's settings ask for; one that does nothing where they are None."""
     if settings is None:
         return torch.amp.GradScaler(device.type, enabled=False)
     return torch.amp.GradScaler(

@@ -22,6 +22,7 @@ from autoprec.records.searched import (
 )
 from autoprec.records.sensitivity import Method, SensitivityProfile, UnitDrop, UnitNumerics
 from autoprec.records.speed import Arrival, SpeedProfile, UnitTime
+from autoprec.records.trained import TrainedArm, TrainingConfirmation, TrainingCurve, TrainingVerdict
 from autoprec.records.verified import Check, CheckOutcome, Verification
 
 __all__ = [
@@ -69,6 +70,10 @@ __all__ = [
     "Step",
     "Support",
     "Task",
+    "TrainedArm",
+    "TrainingConfirmation",
+    "TrainingCurve",
+    "TrainingVerdict",
     "Unit",
     "UnitDrop",
     "UnitMemory",

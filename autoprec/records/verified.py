@@ -9,6 +9,7 @@ from typing import ClassVar
 from autoprec.records.audited import AuditReport
 from autoprec.records.figures import STRICT, Figure
 from autoprec.records.measured import Measurement, Mode
+from autoprec.records.trained import TrainingConfirmation
 
 __all__ = [
     "Check",
@@ -52,6 +53,7 @@ class Verification:
     measurement: Measurement
     checks: tuple[Check, ...]
     audit: AuditReport
+    training: TrainingConfirmation | None = None  #: where it was asked for
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
     holds: bool

@@ -22,6 +22,7 @@ from autoprec.records import (
 from autoprec.report.figures import bytes_text, drop_unit, interval, number, origin_note
 from autoprec.report.grouping import Run, runs
 from autoprec.report.layout import Column, print_heading, print_line, print_table
+from autoprec.report.trained import print_training
 
 __all__ = ["print_audit", "print_verification"]
 
@@ -38,6 +39,9 @@ def print_verification(console: Console, found: Verification) -> None:
         print_line(console, found.measurement.reason)
     console.print()
     print_audit(console, found.audit)
+    if found.training is not None:
+        console.print()
+        print_training(console, found.training)
     for warning in found.warnings:
         print_line(console, f"note: {warning}")
     console.print()

@@ -1,0 +1,63 @@
+"""A plan trained beside FP32, over several seeds, and judged against what seeds alone do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from autoprec.records.figures import STRICT
+
+__all__ = ["TrainedArm", "TrainingConfirmation", "TrainingCurve", "TrainingVerdict"]
+
+
+class TrainingVerdict(StrEnum):
+    """What training under a plan did to the loss on held-out batches, against FP32."""
+
+    NOT_WORSE = "not-worse"  #: the upper end of the gap's interval is under the margin
+    WORSE = "worse"  #: the lower end is over zero and the upper over the margin, or the loss was not finite
+    UNDECIDED = "undecided"  #: the interval holds both zero and more than the margin: more seeds or steps would tell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCurve:
+    """One run: the loss of each step, and that on held-out batches in FP32 after the last."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: str
+    seed: int
+    losses: tuple[float, ...]  #: finite ones, up to the step that failed
+    final_loss: float | None
+    skipped_steps: int  #: by the gradient scaler
+    reason: str | None = None  #: why it ended early
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedArm:
+    """All runs of one plan against those of FP32 with the same seeds; the gap is theirs minus FP32's."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: str
+    gap: float | None
+    gap_ci95: tuple[float, float] | None
+    verdict: TrainingVerdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfirmation:
+    """Plans trained beside FP32 from the same weights on the same batches; losses as the model has them."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    steps: int
+    seeds: int
+    learning_rate: float
+    reference_loss: float  #: FP32's on held-out batches, mean over seeds
+    seed_deviation: float  #: its standard deviation over seeds
+    margin: float
+    arms: tuple[TrainedArm, ...]
+    curves: tuple[TrainingCurve, ...]
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,133 @@
+"""Training confirmed: harm is found, no harm is not called harm, and other seeds of FP32 itself are no harm."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_trainer import data_of, model_of
+
+from autoprec import Plan, Workload
+from autoprec.cli.main import main
+from autoprec.errors import DataError, UsageError
+from autoprec.files import as_json, from_json
+from autoprec.records import TrainingConfirmation, TrainingVerdict, Verification
+from autoprec.training import confirm_training, judged
+from autoprec.verification import verify
+
+
+def workload(batches: int = 8, **changes: float) -> Workload:
+    torch.set_num_threads(1)
+    rows = data_of(2 * batches)
+    made = [{k: torch.stack([a[k], b[k]]) for k in a} for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    return Workload(model_of(**changes), made, "train")
+
+
+@pytest.fixture(scope="module")
+def found() -> TrainingConfirmation:
+    given = workload()
+    model: Any = given.model
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight.mul_(1e9)
+        model.transformer.h[1].mlp.c_fc.weight.mul_(1e-3)
+    before = [p.clone() for p in model.parameters()]
+    plans = {choice: Plan.uniform(given.model, choice) for choice in ("fp32", "bf16", "fp16")}
+    confirmed = confirm_training(given, {f"as {k}": v for k, v in plans.items()}, steps=6, seeds=3, learning_rate=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, given.model.parameters(), strict=True))
+    return confirmed
+
+
+def test_every_run_of_a_seed_starts_alike(found: TrainingConfirmation) -> None:
+    by = {(curve.name, curve.seed): curve for curve in found.curves}
+    assert len(by) == 12
+    for seed in range(3):
+        assert by["as fp32", seed].losses == by["fp32", seed].losses and len(by["fp32", seed].losses) == 6
+        assert by["as bf16", seed].losses[0] == pytest.approx(by["fp32", seed].losses[0], rel=0.05)
+    assert by["fp32", 0].losses != by["fp32", 1].losses
+    assert found.seed_deviation == pytest.approx(stdev(by["fp32", seed].final_loss or 0.0 for seed in range(3)))
+    assert found.notes == ("6 batches trained on, 2 held out",)
+
+
+def test_the_same_is_not_worse_and_an_overflow_is(found: TrainingConfirmation) -> None:
+    arms = {arm.name: arm for arm in found.arms}
+    assert arms["as fp32"].verdict is TrainingVerdict.NOT_WORSE and arms["as fp32"].gap == 0.0
+    assert arms["as fp16"].verdict is TrainingVerdict.WORSE and "3 of 3 runs" in arms["as fp16"].reason
+    failed = next(curve for curve in found.curves if curve.name == "as fp16")
+    assert failed.reason == "the loss is nan at step 1" and failed.losses == ()
+
+
+def test_the_record_comes_back_from_json(found: TrainingConfirmation) -> None:
+    text = json.dumps(as_json(found), allow_nan=False)
+    assert from_json(TrainingConfirmation, json.loads(text), what="confirmation") == found
+
+
+def test_a_gap_is_judged_by_the_seeds_own_noise() -> None:
+    reference = [2.0, 2.1, 1.9, 2.05]
+    assert judged("x", [x + 0.001 for x in reference], reference)[0].verdict is TrainingVerdict.NOT_WORSE
+    assert judged("x", [x + 0.3 for x in reference], reference)[0].verdict is TrainingVerdict.WORSE
+    assert judged("x", [2.4, 1.6, 2.3, 1.9], reference)[0].verdict is TrainingVerdict.UNDECIDED
+    arm, margin = judged("x", reference, reference)
+    assert arm.gap_ci95 == (0.0, 0.0) and margin == stdev(reference)
+    assert judged("x", reference, reference, deviation=1e-6)[1] == pytest.approx(0.0025 * 2.0125)
+
+
+def test_other_seeds_of_fp32_are_hardly_ever_called_worse() -> None:
+    """At most 5 % false alarms by construction: 2.5 % of intervals lie above zero. Simulated normal noise, 8 seeds."""
+    random.seed(0)
+    worse = 0
+    for _ in range(400):
+        one, other = ([random.gauss(2.0, 0.01) for _ in range(8)] for _ in range(2))
+        worse += judged("x", one, other)[0].verdict is TrainingVerdict.WORSE
+    assert worse <= 20
+
+
+def test_what_it_takes() -> None:
+    given = workload(batches=1)
+    with pytest.raises(DataError, match="2 batches or more"):
+        confirm_training(given, {"x": Plan.uniform(given.model, "bf16")})
+    with pytest.raises(UsageError, match="2 seeds or more"):
+        confirm_training(workload(2), {}, seeds=1)
+
+
+def test_verify_trains_the_plan_beside_blanket_bf16() -> None:
+    given = workload()
+    plan = Plan.uniform(given.model, "bf16")
+    plan = plan.replace({plan.units[-1].name: "fp32"})
+    found = verify(given, plan, train_steps=4, seeds=2)
+    assert found.training is not None
+    assert [arm.name for arm in found.training.arms] == ["the plan", "uniform bf16"]
+    assert found.holds
+    with pytest.raises(UsageError, match="made for inference"):
+        verify(given.with_mode("infer"), plan, train_steps=4)
+
+
+OWN = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_training import workload
+
+def make():
+    return workload()
+"""
+
+
+def test_the_command_prints_the_page_and_keeps_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN.format(tests=str(Path(__file__).parent)))
+    Plan.uniform(workload().model, "bf16").save("plan.json")
+    arguments = ["verify", "plan.json", "own.py:make", "--train-steps", "3", "--seeds", "2"]
+    page = CliRunner(env={"COLUMNS": "100"}).invoke(main, [*arguments, "--curves", "curves.json"])
+    assert page.exit_code == 0, page.output
+    words = " ".join(page.stdout.split())
+    assert "Trained beside FP32" in words and "over seeds; the margin is" in words
+    assert max(map(len, page.stdout.splitlines())) <= 100
+    kept = from_json(TrainingConfirmation, json.loads(Path("curves.json").read_text()), what="curves")
+    assert [len(curve.losses) for curve in kept.curves] == [3] * 4
+    document = CliRunner().invoke(main, [*arguments, "--json"])
+    assert from_json(Verification, json.loads(document.stdout), what="verification").training is not None
