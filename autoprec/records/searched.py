@@ -137,6 +137,8 @@ class SearchResult:
     confirmed: tuple[Confirmed, ...] = ()
     explained: tuple[Explained, ...] = ()
     notes: tuple[str, ...] = ()
+    #: what to run on a device that was not here, to confirm what is emulated and predicted
+    confirm: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
