@@ -28,7 +28,7 @@ __all__ = ["command"]
 @click.argument("model", required=False)
 @workload_options
 @device_option
-@click.option("--emulate", is_flag=True, help="FP8 by its rounding, without its speed, where the device has none.")
+@click.option("--emulate", is_flag=True, help="Formats that are not here by their rounding, without their speed.")
 @json_option
 def command(plan: str, model: str | None, emulate: bool, as_json: bool, **workload: Any) -> None:
     """Measure a plan again, here, and audit what it runs in.
@@ -39,6 +39,10 @@ def command(plan: str, model: str | None, emulate: bool, as_json: bool, **worklo
     One step is audited, operator by operator; then the plan is measured
     beside FP32 and held against the figures it came with. Exit code 1 where
     it does not hold. Give the same data options as to the search.
+
+    With --emulate and the name of a GPU that is not here, its formats are
+    emulated and its times predicted; on that GPU, what was predicted is
+    compared with what is measured.
     """
     from autoprec.files import as_json as plain_data
     from autoprec.report.audits import print_verification
@@ -49,7 +53,7 @@ def command(plan: str, model: str | None, emulate: bool, as_json: bool, **worklo
         name = model or wanted.model.id
         news.doing(f"Loading {name}")
         try:
-            built = build_workload(name, mode=wanted.mode, **workload)
+            built = build_workload(name, mode=wanted.mode, absent=emulate, **workload)
         except ModelError as error:
             if model is not None:
                 raise
@@ -59,9 +63,11 @@ def command(plan: str, model: str | None, emulate: bool, as_json: bool, **worklo
             ) from error
         for note in built.notes:
             news.say(note)
+        from autoprec.study.away import away
         from autoprec.verification import verify
 
-        found = verify(built, wanted, emulate, tell=news.doing)
+        wanted, forecast = away(built, wanted, workload["device"])
+        found = verify(built, wanted, emulate, forecast=forecast, tell=news.doing)
     if as_json:
         print_json(plain_data(found))
     else:

@@ -112,7 +112,8 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
         model: the model the plan was made for, wrapped or not; weights in FP32 where the plan has FP32 units.
         plan: what each unit computes in.
         emulate: compute FP8 units with FP8's rounding in FP32 arithmetic where the device has no FP8. Same numbers
-            up to the order of summation, none of the speed.
+            up to the order of summation, none of the speed. A plan made for a CUDA device, on another, runs softmax,
+            norms and losses in FP32 as CUDA's autocast does, and FP32 products in TF32 where the plan has it on.
 
     Raises:
         PlanError: the plan does not fit the model, is in force already, or asks for what its weights cannot give.
@@ -123,7 +124,8 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False) -> Applied:
         raise PlanError(flat)
     _check_fits(model, plan, modules)
     emulated = _check_device(model, plan, modules, emulate)
-    swaps = tuple(swaps_of(plan, modules, emulated))
+    as_cuda = emulate and plan.device.kind == "cuda" and "cuda" not in _devices(model)
+    swaps = tuple(swaps_of(plan, modules, emulated, as_cuda=as_cuda))
     _check_forwards(swaps, modules)
     if conflict := sharding_conflict(dict(model.named_modules()), plan):  # wrappers among them
         raise PlanError(conflict)

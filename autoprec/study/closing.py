@@ -41,6 +41,7 @@ def _confirm(course: Course) -> None:
         earlier=[m.batch_drops for m in rows if m.batch_drops],
         plan_of=partial(_plan_of, course),
         has_time=lambda: course.budget.left > 0,
+        forecast=course.forecast,
     )
     course.confirmed, course.unconfirmed = confirmed(
         setting, _noted(course, wanted(front, course.plans.names, course.limit))
@@ -95,10 +96,19 @@ def _finish(course: Course) -> SearchResult:
         confirmed=course.confirmed,
         explained=_explained(course, outcome.best, clock),
         notes=tuple(filter(None, (*course.notes, course.unconfirmed))),
+        confirm=_on_the_card(course, outcome.best),
     )
     course.folder.write("result.json", as_json(result))
     course.news("done", outcome.verdict.text)
     return result
+
+
+def _on_the_card(course: Course, best: Measurement | None) -> str | None:
+    """Return what to run on a device that is not here, with the same data options; None where all was measured."""
+    if course.forecast is None:
+        return None
+    name, where = shlex.quote(course.workload.model_id), shlex.quote(str(course.folder.path))
+    return f"autoprec verify {where} {name}" if best is not None else f"autoprec search {name}"
 
 
 def _explained(course: Course, best: Measurement | None, clock: float) -> tuple[Explained, ...]:

@@ -18,6 +18,7 @@ from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
+from autoprec.predict.forecast import Forecast
 from autoprec.probe.pacing import SAME
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit
@@ -32,7 +33,7 @@ from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
-from autoprec.study.knowledge import drop_priors, sensitivity_of, time_priors
+from autoprec.study.knowledge import drop_priors, forecast_priors, sensitivity_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
 from autoprec.study.race import Answer, Spread, judge
 from autoprec.study.sampler import FrontSampler
@@ -91,6 +92,8 @@ class Course:
     scale: float
     #: kept back for confirmation
     confirm_seconds: float
+    #: where the device is not here: drops are emulated, times and memory predicted
+    forecast: Forecast | None = None
     notes: list[str] = field(default_factory=list)
     known: SensitivityProfile | None = None
     confirmed: tuple[Confirmed, ...] = ()
@@ -236,7 +239,9 @@ class Course:
         return FrontSampler(
             {d.name: d.formats for d in self.space.decisions},
             drop_priors(self.space, self.known),
-            time_priors(self.space, self.device, reference.step_ms),
+            forecast_priors(self.space, self.forecast)
+            if self.forecast
+            else time_priors(self.space, self.device, reference.step_ms),
             drop_floor=_FLOOR * limit,
             corner=(_CORNER * limit, reference.step_ms),
             # the same seed again would draw what was drawn already
@@ -279,6 +284,8 @@ class Course:
             workload=self.workload,
             plan=plan,
             name=name,
+            emulate=self.forecast is not None,
+            forecast=self.forecast,
             reference_ms=reference.step_ms if reference else None,
             timing_seconds=max(0.5, 0.02 * self.budget.seconds),
             stop_slower=_STOP_SLOWER if reference else None,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from autoprec.errors import MeasurementError, StudyError
 from autoprec.files import as_json, from_json, read_json
 from autoprec.formats import Format
+from autoprec.predict.forecast import Forecast
 from autoprec.probe.sensitivity import probe_sensitivity
 from autoprec.probe.survey import pass_forwards
 from autoprec.probe.workload import Workload
@@ -15,13 +16,15 @@ from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
 from autoprec.study.space import SearchSpace
 
-__all__ = ["drop_priors", "sensitivity_of", "time_priors"]
+__all__ = ["drop_priors", "forecast_priors", "sensitivity_of", "time_priors"]
 
 #: what the probe may take: no more than this share of the budget, nor than so many passes over all batches beside what
 #: it needs to begin with (a probe by itself takes four, and a search has more use for each)
 _SHARE, _SWEEPS, _BEGIN_SECONDS = 0.15, 6.0, 1.0
 #: of a step, what is the work of units; and by how much a square product's rate may be off for a unit
 _UNITS_SHARE, _OFF = 0.8, 2.0
+#: by how much the sum of predicted units may differ from what a decision adds to a step: casts at borders
+_BORDERS = 1.1
 
 
 def sensitivity_of(
@@ -101,4 +104,17 @@ def time_priors(
                 found.setdefault(decision.name, {})[str(choice)] = Estimate(
                     value, value / _OFF, value * _OFF, Origin.PREDICTED
                 )
+    return found
+
+
+def forecast_priors(space: SearchSpace, forecast: Forecast) -> dict[str, dict[str, Estimate]]:
+    """Return what each decision's units take in each format on a device that is not here, as predicted."""
+    times = {f: forecast.unit_ms(f) for f in dict.fromkeys(f for d in space.decisions for f in d.formats)}
+    found: dict[str, dict[str, Estimate]] = {}
+    for decision in space.decisions:
+        for choice in decision.formats:
+            value = max(sum(times[choice].get(unit, 0.0) for unit in decision.units), 1e-6)
+            found.setdefault(decision.name, {})[str(choice)] = Estimate(
+                value, value / _BORDERS, value * _BORDERS, Origin.PREDICTED
+            )
     return found
