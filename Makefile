@@ -12,7 +12,7 @@ DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast real nightly gpu bench bench-search bench-sensitivity models catalogue clean
+.PHONY: help demo test lint types fast real nightly gpu bench bench-predict bench-search bench-sensitivity models catalogue clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-18s", $$2; $$1 = $$2 = ""; print $$0}'
@@ -39,8 +39,9 @@ real: models ## the tests on real trained models
 nightly: models ## all tests on real trained models, the long ones too
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 7200 -m "(nightly or real) and not gpu"
 
-gpu: $(TEST_READY) ## the tests that need a CUDA device
+gpu: $(TEST_READY) ## on a machine with a card: its tests, then measure it and check emulation and predictions; five minutes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "gpu"
+	$(BIN)/python scripts/gpu_check.py
 
 bench: $(TEST_READY) ## run the benchmarks and write benchmarks/results/
 	@set -e; for script in $(BENCHMARKS); do echo "$(BIN)/python $$script"; $(BIN)/python $$script; done
@@ -51,6 +52,9 @@ bench-sensitivity: models ## predicted drops against the recorded true ones, and
 bench-search: models ## samplers on an exhaustive truth, and the verdict's error rates, simulated; half an hour
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_sampler.py
 	$(BIN)/python benchmarks/bench_verdict.py
+
+bench-predict: $(TEST_READY) ## predicted times against public measurements in $$AUTOPREC_PUBLIC_DATA, each card left out; three minutes
+	$(BIN)/python benchmarks/bench_predict.py
 
 models: $(TEST_READY) ## prepare the trained models and texts of the real tests
 	$(BIN)/python benchmarks/models.py

@@ -20,7 +20,7 @@ from autoprec.errors import AutoprecError, DeviceError, closest
 from autoprec.files import from_json
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
 from autoprec.kept import BOOST, kept_names, kept_profile
-from autoprec.records import DeviceProfile, FormatSupport, Origin, Support
+from autoprec.records import DeviceProfile, FormatSupport, Hardware, Origin, Support
 
 __all__ = [
     "CatalogueEntry",
@@ -78,6 +78,9 @@ class _DeviceFile:
     instructions: tuple[str, ...] = ()
     memory_gb: float | None = None
     bandwidth_gb_per_s: float | None = None
+    multiprocessors: int | None = None
+    power_watts: float | None = None
+    fp32_matrix_tflops: float | None = None
     peak_tflops: Mapping[str, float] = field(default_factory=dict)
     achieved_fraction: Mapping[str, float] = field(default_factory=dict)
     fp8: _Fp8 | None = None
@@ -221,6 +224,13 @@ def _device_entry(data: dict[str, Any], what: str) -> CatalogueEntry:
         instructions=file.instructions,
         peak_tflops=file.peak_tflops,
         bandwidth_gb_per_s=file.bandwidth_gb_per_s,
+        hardware=Hardware(
+            vendor=file.vendor,
+            multiprocessors=file.multiprocessors,
+            power_watts=file.power_watts,
+            fp32_matrix_tflops=file.fp32_matrix_tflops,
+            achieved_fraction=file.achieved_fraction,
+        ),
         sources=file.sources,
         notes=(*file.notes, *_reached(file.achieved_fraction)),
     )

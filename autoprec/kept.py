@@ -83,6 +83,7 @@ def kept_profile(name: str, known: DeviceProfile | None = None) -> DeviceProfile
             profile,
             peak_tflops=known.peak_tflops,
             bandwidth_gb_per_s=known.bandwidth_gb_per_s,
+            hardware=known.hardware,
             sources=known.sources,
             notes=known.notes,
         )

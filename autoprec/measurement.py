@@ -18,6 +18,7 @@ import torch
 from autoprec.errors import MeasurementError, first_line
 from autoprec.formats import Format
 from autoprec.plan import Plan
+from autoprec.predict.forecast import Forecast
 from autoprec.probe.batches import batch_to
 from autoprec.probe.compare import Comparison, Summary, compare, median_ci95, summarise
 from autoprec.probe.gradient import GradientError, gradient_error
@@ -42,6 +43,8 @@ class Request:
     `reference_ms` is the clock of a study: step times are this divided by the speedup. A plan slower than
     `stop_slower` times the reference after its first step is stopped; one of which `is_hopeless` says so, told the
     drops of the batches so far, sees no more batches, and as few pairs as may be. `drop_only` leaves out all but drops.
+    With a `forecast` nothing is timed: the device is not here, so times and memory are the forecast's, and formats are
+    emulated.
     """
 
     workload: Workload
@@ -57,6 +60,7 @@ class Request:
     deadline: float = float("inf")
     is_hopeless: Callable[[Sequence[float]], bool] | None = None
     drop_only: bool = False
+    forecast: Forecast | None = None
 
 
 def measure(workload: Workload, plan: Plan, emulate: bool = False, device: str = "auto") -> Measurement:
@@ -114,10 +118,11 @@ def _evaluate(request: Request) -> Measurement:
                 if fault := _not_finite(workload, parts):
                     return _stopped(request, fault)
                 return _drops_alone(request, summarise(kind, parts), parts)
-            with kept_state(workload.model, weights=training):  # 0 times a NaN gradient would still spoil a weight
-                reason = _too_slow(request, handle)
-            if reason is not None:
-                return _stopped(request, reason)
+            if request.forecast is None:
+                with kept_state(workload.model, weights=training):  # 0 times a NaN gradient would still spoil a weight
+                    reason = _too_slow(request, handle)
+                if reason is not None:
+                    return _stopped(request, reason)
             handle.model.eval()
             timing = Pairs()
             kind, parts = _drop(request, handle, timing)
@@ -131,6 +136,9 @@ def _evaluate(request: Request) -> Measurement:
                 else GradientError(None, None, None)
             )
             handle.model.train(training)
+            if request.forecast is not None:
+                handle.remove()
+                return _forecasted(request, request.forecast, summarise(kind, parts), parts, gradient)
             _time(request, handle, timing)
             stepper = Stepper(workload, plan.grad_scaler)
             peak = peak_bytes(device, lambda: stepper.run(workload.batches[0]))
@@ -291,8 +299,40 @@ def _measurement(
     )
 
 
+def _forecasted(
+    request: Request, forecast: Forecast, summary: Summary, parts: Sequence[Comparison], gradient: GradientError
+) -> Measurement:
+    """Return drops that were emulated here, with the times and memory that are predicted there."""
+    figures, metric = forecast.of(request.plan), _metric(request)
+    drops = _drops_alone(request, summary, parts)
+    cut = len(parts) < len(request.workload.batches)
+    reasons = (
+        [f"stopped after {len(parts)} of {len(request.workload.batches)} batches: too large a drop"] if cut else []
+    )
+    return replace(
+        drops,
+        loss_rise=summary.loss_rise.value if summary.loss_rise else None,
+        loss_rise_ci95=summary.loss_rise.ci95 if summary.loss_rise else None,
+        grad_error=gradient.error,
+        grad_error_limit=gradient.limit,
+        step_ms=figures.step_ms.value,
+        step_ms_ci95=(figures.step_ms.low, figures.step_ms.high),
+        speedup=figures.speedup.value,
+        speedup_ci95=(figures.speedup.low, figures.speedup.high),
+        peak_bytes=figures.peak_bytes,
+        metric=metric,
+        origin=replace(
+            drops.origin,
+            step_ms=figures.step_ms.origin,
+            peak_bytes=Origin.PREDICTED,
+            metric=None if metric is None else Origin.EMULATED,
+        ),
+        reason="; ".join([*reasons, *([gradient.reason] if gradient.reason else [])]) or None,
+    )
+
+
 def _drops_alone(request: Request, summary: Summary, parts: Sequence[Comparison]) -> Measurement:
-    fake = request.emulate and Format.FP8 in request.plan.formats
+    fake = request.forecast is not None or (request.emulate and Format.FP8 in request.plan.formats)
     return Measurement(
         name=request.name,
         assignment=request.plan.assignment,

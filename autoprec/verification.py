@@ -10,6 +10,7 @@ from autoprec.errors import UsageError
 from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
+from autoprec.predict.forecast import Forecast
 from autoprec.probe.device import device_name
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.workload import Workload
@@ -20,6 +21,7 @@ from autoprec.records import (
     Figure,
     Measurement,
     Mode,
+    Origin,
     Role,
     TrainingVerdict,
     Verification,
@@ -42,6 +44,7 @@ def verify(
     plan: Plan,
     emulate: bool = False,
     *,
+    forecast: Forecast | None = None,
     train_steps: int = 0,
     seeds: int = 8,
     learning_rate: float = 1e-4,
@@ -62,6 +65,7 @@ def verify(
             that trains worse does not hold.
         seeds: runs of each in that.
         learning_rate: in that.
+        forecast: of a device that is not here, for which the plan is emulated and its times are predicted.
         tell: called with a sentence as each part begins.
 
     Raises:
@@ -72,11 +76,12 @@ def verify(
     if train_steps and Mode.INFER in (workload.mode, plan.mode):
         raise UsageError("training can be confirmed of a plan for training, and this one was made for inference")
     here = device_of(workload.model)
+    name = device_name(here) if forecast is None else forecast.device.name
     tell("Auditing one step")
     report = _audited(workload, plan, emulate)
     tell("Measuring the plan beside FP32")
-    found = evaluate(Request(workload=workload, plan=plan, emulate=emulate))
-    checks = _checks(plan, found, here)
+    found = evaluate(Request(workload=workload, plan=plan, emulate=emulate, forecast=forecast))
+    checks = _checks(plan, found, here.type, name)
     problems = [*report.disagreements]
     if found.drop is None:
         problems.append(f"the plan could not be measured: {found.reason}")
@@ -92,7 +97,7 @@ def verify(
     problems += [
         f"{check.figure} is worse than the plan says: {_text(check.here)}, against {_text(check.said)}"
         for check in checks
-        if check.outcome is CheckOutcome.WORSE
+        if check.outcome is CheckOutcome.WORSE and check.figure != "step_ms"
     ]
     training = None
     if train_steps and found.drop is not None:
@@ -106,12 +111,12 @@ def verify(
     return Verification(
         training=training,
         model_id=workload.model_id,
-        device=device_name(here),
+        device=name,
         mode=workload.mode,
         measurement=found,
         checks=checks,
         audit=report,
-        warnings=tuple(_warnings(workload, plan, report, here)),
+        warnings=(*_warnings(workload, plan, report, name), *_missed(checks), *_away(workload, here, forecast)),
         problems=tuple(problems),
         holds=not problems,
     )
@@ -139,13 +144,19 @@ def _audited(workload: Workload, plan: Plan, emulate: bool) -> AuditReport:
             )
 
 
-def _checks(plan: Plan, found: Measurement, here: torch.device) -> tuple[Check, ...]:
-    """Compare each figure of the plan with the one here; smaller is better, but for the speedup."""
-    known, elsewhere = plan.evidence, plan.device.name not in ("any", device_name(here))
+def _checks(plan: Plan, found: Measurement, kind: str, name: str) -> tuple[Check, ...]:
+    """Compare each figure of the plan with the one here; smaller is better, but for the speedup.
+
+    A step time is compared where the plan's is a prediction for this device: a measured one is another machine's.
+    """
+    known, elsewhere = plan.evidence, plan.device.name not in ("any", name)
     other = f"the plan's is of {plan.device.name}" if elsewhere else None
-    whole = "it is the whole process's on a CPU" if here.type == "cpu" else None
+    measured = found.origin.peak_bytes is not Origin.PREDICTED
+    whole = "it is the whole process's on a CPU" if kind == "cpu" and measured else None
+    step = known.step_ms if known.step_ms is not None and known.step_ms.origin is Origin.PREDICTED else None
     asked = (
         ("drop", known.drop, found.drop, found.drop_ci95, found.origin.drop, 0.0, None),
+        ("step_ms", step, found.step_ms, found.step_ms_ci95, found.origin.step_ms, _SAME, other),
         ("speedup", known.speedup, found.speedup, found.speedup_ci95, found.origin.step_ms, _SAME, other),
         ("peak_bytes", known.peak_bytes, found.peak_bytes, None, found.origin.peak_bytes, _SAME, other or whole),
     )
@@ -179,8 +190,28 @@ def _outcome(said: Figure, here: Figure, slack: float, *, larger_is_better: bool
     return CheckOutcome.SAME
 
 
-def _warnings(workload: Workload, plan: Plan, report: AuditReport, here: torch.device) -> list[str]:
-    known, name = plan.evidence, device_name(here)
+def _missed(checks: tuple[Check, ...]) -> list[str]:
+    """Say of a predicted step time that the measured one lies outside its interval: the plan is none the worse."""
+    return [
+        f"the step time was predicted as {_text(check.said)} and is {_text(check.here)} here"
+        for check in checks
+        if check.figure == "step_ms" and check.outcome in (CheckOutcome.WORSE, CheckOutcome.BETTER)
+    ]
+
+
+def _away(workload: Workload, here: torch.device, forecast: Forecast | None) -> list[str]:
+    """Say what stands behind the figures of a device that is not here, and what to run there."""
+    if forecast is None:
+        return []
+    return [
+        f"{forecast.device.name} is not here: the drop is emulated on {here.type}, times and memory are predicted",
+        *forecast.reference.doubts,
+        f"on {forecast.device.name}, to confirm: autoprec verify PLAN {workload.model_id}",
+    ]
+
+
+def _warnings(workload: Workload, plan: Plan, report: AuditReport, name: str) -> list[str]:
+    known = plan.evidence
     found = []
     if plan.device.name not in ("any", name):
         found.append(f"the plan was made for {plan.device.name} ({plan.device.origin}); this is {name}")

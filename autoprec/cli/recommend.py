@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import click
 
@@ -97,9 +98,19 @@ def command(
         console,
         reasons=document["reasons"],
         memory={name: fact for name, fact in document["memory"].items() if explain or name in _MEMORY},
-        expected=document["expected"] if explain else {"matmul_speedup": document["expected"]["matmul_speedup"]},
+        expected=document["expected"] if explain else _short(document["expected"]),
     )
     print_paths(console, {"plan": str(path)})
     if advice.plan.device.origin is Origin.MEASURED:
         where = "" if device == "auto" else f" --device {shlex.quote(device)}"
         print_paths(console, {"measure it": f"autoprec search {shlex.quote(model)}{where} --mode {advice.plan.mode}"})
+    else:
+        where = advice.plan.device.name
+        print_paths(
+            console, {f"on {where}, to confirm": f"autoprec verify {shlex.quote(str(path))} {shlex.quote(model)}"}
+        )
+
+
+def _short(expected: dict[str, Any]) -> dict[str, Any]:
+    """Return what is shown of expectations unless all is asked for."""
+    return {name: expected.get(name) for name in ("matmul_speedup", "step_ms", "compiled_step_ms", "doubts")}

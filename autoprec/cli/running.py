@@ -31,8 +31,13 @@ SETTINGS = Path("autoprec.toml")
 _RUN_NAME = re.compile(r"\d{8}-\d{6}-(?P<model>.+)")
 
 
-def build_workload(model: str, *, device: str, data: str | None = None, **options: Any) -> Workload:
+def build_workload(
+    model: str, *, device: str, data: str | None = None, absent: bool = False, **options: Any
+) -> Workload:
     """Return the workload of a model on a device that is here; options left out (None) are chosen by the library.
+
+    Args:
+        absent: a named device that is not here will do: the workload is put on what is.
 
     Raises:
         ModelError, DataError, DeviceError: the model, its data or the device cannot be used.
@@ -41,6 +46,8 @@ def build_workload(model: str, *, device: str, data: str | None = None, **option
     from autoprec.probe.workload import workload_from
 
     here, _ = resolve_device(device)
+    if here is None and absent:
+        here, _ = resolve_device("auto")
     if here is None:
         raise DeviceError(
             f"'{device}' is not here, and what is run must be run here. Use --device auto, or for a device that is "

@@ -93,7 +93,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
         with quiet(), News(console) as news:
             news.say(options["said"] or f"Searching {model}")
             news.doing(f"Loading {model}")
-            workload = build_workload(model, **{name: options[name] for name in _WORKLOAD})
+            workload = build_workload(model, absent=True, **{name: options[name] for name in _WORKLOAD})
             for note in workload.notes:
                 news.say(note)
             news.say(f"Measuring for {options['budget']}; Ctrl-C keeps what was measured, in {folder}")
@@ -105,6 +105,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 trials=options["trials"],
                 max_drop=options["max_drop"],
                 space=options["space"],
+                device=options["device"],
                 storage=options["storage"],
                 seed=options["seed"],
                 out=folder,
@@ -188,7 +189,8 @@ def _show(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     console = result_console()
     print_result(console, result)
     files = {"plan": folder / "plan.json", "result": folder / "result.json", "run folder": folder}
-    print_paths(console, {name: str(path) for name, path in files.items() if path.exists()})
+    paths = {name: str(path) for name, path in files.items() if path.exists()}
+    print_paths(console, paths | ({f"on {result.device}, to confirm": result.confirm} if result.confirm else {}))
 
 
 def _resume_line(ctx: click.Context, options: dict[str, Any], folder: str) -> str:

@@ -28,7 +28,7 @@ __all__ = ["command"]
 @click.argument("model", required=False)
 @workload_options
 @device_option
-@click.option("--emulate", is_flag=True, help="FP8 by its rounding, without its speed, where the device has none.")
+@click.option("--emulate", is_flag=True, help="Formats that are not here by their rounding, without their speed.")
 @click.option("--train-steps", metavar="N", type=click.IntRange(min=1), help="Also train it beside FP32 for N steps.")
 @click.option(
     "--seeds", metavar="K", type=click.IntRange(min=2), default=8, show_default=True, help="Runs of each in that."
@@ -61,6 +61,10 @@ def command(
     With --train-steps the plan and blanket BF16 are trained beside FP32
     from the same weights on the same batches, over K seeds, and judged on
     held-out batches against what seeds alone do.
+
+    With --emulate and the name of a GPU that is not here, its formats are
+    emulated and its times predicted; on that GPU, what was predicted is
+    compared with what is measured.
     """
     from autoprec.files import as_json as plain_data
     from autoprec.files import write_json
@@ -72,7 +76,7 @@ def command(
         name = model or wanted.model.id
         news.doing(f"Loading {name}")
         try:
-            built = build_workload(name, mode=wanted.mode, **workload)
+            built = build_workload(name, mode=wanted.mode, absent=emulate, **workload)
         except ModelError as error:
             if model is not None:
                 raise
@@ -82,12 +86,15 @@ def command(
             ) from error
         for note in built.notes:
             news.say(note)
+        from autoprec.study.away import away
         from autoprec.verification import verify
 
+        wanted, forecast = away(built, wanted, workload["device"])
         found = verify(
             built,
             wanted,
             emulate,
+            forecast=forecast,
             train_steps=train_steps or 0,
             seeds=seeds,
             learning_rate=learning_rate,

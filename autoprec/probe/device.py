@@ -151,6 +151,7 @@ def _measured(here: torch.device, seconds: float) -> DeviceProfile:
         profile,
         peak_tflops=known.peak_tflops,
         bandwidth_gb_per_s=known.bandwidth_gb_per_s,
+        hardware=known.hardware,
         sources=known.sources,
         notes=known.notes,
     )

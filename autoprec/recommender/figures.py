@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from autoprec.errors import AutoprecError
 from autoprec.files import as_json
 from autoprec.formats import Format, Fp8Recipe
 from autoprec.plan import Plan
 from autoprec.predict.fitting import RESERVE, fit_batch
 from autoprec.predict.memory import predict_memory
 from autoprec.predict.setup import Checkpointing, Optimizer, Setup, StatePolicy, TrainMethod, states_of
+from autoprec.predict.steptime import predict_step
 from autoprec.recommender.features import UnitFacts, bandwidth, rate_tflops, step_seconds
 from autoprec.records import BatchFit, DeviceProfile, Estimate, MemoryBreakdown, ModelFacts, ModelProfile, Origin
 
-__all__ = ["expected_figures", "memory_figures"]
+__all__ = ["expected_figures", "memory_figures", "step_figures"]
 
 
 def memory_figures(
@@ -97,6 +99,31 @@ def expected_figures(plan: Plan, facts: Mapping[str, UnitFacts], device: DeviceP
         return figure
     figure["matmul_speedup"] = _speedup(plan, facts, device, tokens, rates)
     return figure
+
+
+def step_figures(
+    profile: ModelProfile, plan: Plan, device: DeviceProfile, setup: Setup, model_facts: ModelFacts | None
+) -> dict[str, Any]:
+    """Return the predicted time of a step of the plan, eager and compiled, beside FP32's and the ambient format's.
+
+    `step_reason` says why where no time can be predicted: the time model knows GPUs.
+    """
+    others = {"uniform fp32": Format.FP32, f"uniform {plan.ambient}": plan.ambient}
+    plans = {"plan": plan} | {
+        name: Plan.uniform(profile, f, device=device, mode=plan.mode) for name, f in others.items()
+    }
+    figures: dict[str, Any] = {"step_ms": {}, "compiled_step_ms": {}}
+    try:
+        for name, one in plans.items():
+            for key, compiled in (("step_ms", False), ("compiled_step_ms", True)):
+                found = predict_step(profile, one, device, setup, model_facts, compiled=compiled)
+                figures[key][name] = as_json(found.step_ms)
+                if name == "plan" and not compiled:
+                    figures |= {"sustained": dict(found.rates), "doubts": list(found.doubts)}
+                    figures["host_bound"] = [str(phase) for phase in found.host_bound]
+    except AutoprecError as fault:
+        return {"step_ms": None, "step_reason": str(fault)}
+    return figures
 
 
 def _speedup(

@@ -14,12 +14,12 @@ from autoprec.errors import ModelError, UsageError
 from autoprec.formats import Format
 from autoprec.plan import Plan
 from autoprec.predict.memory import setup_of
-from autoprec.predict.setup import TrainMethod, choice_of
+from autoprec.predict.setup import Checkpointing, Setup, TrainMethod, choice_of
 from autoprec.quantities import DropLimit
 from autoprec.recommender.advice import Situation, base_choice, fp8_recipe, tf32_choice, unit_choice
 from autoprec.recommender.arguments import training_arguments
 from autoprec.recommender.features import unit_facts
-from autoprec.recommender.figures import expected_figures, memory_figures
+from autoprec.recommender.figures import expected_figures, memory_figures, step_figures
 from autoprec.recommender.notes import around_the_plan
 from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin
 
@@ -110,7 +110,8 @@ def recommend(
         training_arguments=arguments,
         reasons=reasons,
         memory=memory,
-        expected=expected_figures(plan, facts, known, here.tokens),
+        expected=expected_figures(plan, facts, known, here.tokens)
+        | step_figures(profile, plan, known, _stepped(setup, memory), model_facts),
     )
 
 
@@ -149,6 +150,16 @@ def recommend_plan(
         tf32=tf32_choice(here)[0],
         fp8_recipe=fp8_recipe(device) if Format.FP8 in formats.values() else None,
         reason={name: choice.reason for name, choice in choices.items()},
+    )
+
+
+def _stepped(setup: Setup, memory: Mapping[str, Any]) -> Setup:
+    """Return the setup of one micro-batch as it fits the device."""
+    return dataclasses.replace(
+        setup,
+        batch_size=memory["micro_batch"] or setup.batch_size,
+        checkpointing=Checkpointing(memory["checkpointing"]),
+        accumulation=memory["accumulation"],
     )
 
 

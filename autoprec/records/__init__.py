@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoprec.records.audited import AuditReport, AuditRow, BehindUse, CastRow, Direction, KernelRow, OpKind
-from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Support
+from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Hardware, Support
 from autoprec.records.facts import Architecture, ModelFacts
 from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
@@ -44,6 +44,7 @@ __all__ = [
     "Figure",
     "FormatSupport",
     "GemmRate",
+    "Hardware",
     "KernelRow",
     "LargestBatch",
     "Leaf",

@@ -14,6 +14,7 @@ __all__ = [
     "DeviceProfile",
     "FormatSupport",
     "GemmRate",
+    "Hardware",
     "Support",
 ]
 
@@ -50,6 +51,23 @@ class GemmRate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What a time model needs of a device beside its peaks; None where nobody says."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    vendor: str
+    #: streaming multiprocessors, or compute units
+    multiprocessors: int | None = None
+    #: what the board may draw
+    power_watts: float | None = None
+    #: FP32 peak of matrix units, where matmuls run on them and not on vector units
+    fp32_matrix_tflops: float | None = None
+    #: share of the peak that the best measured matmul reaches, by format
+    achieved_fraction: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
     """What a device can compute in, and how fast. Measured on a device that is here, else from the catalogue."""
 
@@ -73,6 +91,7 @@ class DeviceProfile:
     #: vendor's dense peaks, TFLOP/s with FP32 accumulation, and memory bandwidth
     peak_tflops: Mapping[str, float] = field(default_factory=dict)
     bandwidth_gb_per_s: float | None = None
+    hardware: Hardware | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -156,6 +156,8 @@ class SearchResult:
     #: of FP32, the best uniform plan and those of the front, where it can be told
     largest_batches: tuple[LargestBatch, ...] = ()
     notes: tuple[str, ...] = ()
+    #: what to run on a device that was not here, to confirm what is emulated and predicted
+    confirm: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -164,7 +164,8 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Stora
         model: the model the plan was made for, wrapped or not; weights in FP32 where the plan has FP32 units or trains.
         plan: what each unit computes in.
         emulate: compute FP8 units with FP8's rounding in FP32 arithmetic where the device has no FP8. Same numbers
-            up to the order of summation, none of the speed.
+            up to the order of summation, none of the speed. A plan made for a CUDA device, on another, runs softmax,
+            norms and losses in FP32 as CUDA's autocast does, and FP32 products in TF32 where the plan has it on.
         storage: how weights of low units are stored meanwhile: `fp32`; `bf16` for inference, without a cast at each
             call; `bf16-master` or `bf16-stochastic` for training, with the optimizers of `runtime.optimizers`. No
             forward's result changes by a bit.
@@ -210,7 +211,8 @@ def _decide(
     if storage in (Storage.FP32, Storage.BF16):
         check_trained(model, plan)
     check_leaves(plan, modules)
-    swaps = tuple(swaps_of(plan, modules, check_device(model, plan, modules, emulate)))
+    as_cuda = emulate and plan.device.kind == "cuda" and "cuda" not in _devices(model)
+    swaps = tuple(swaps_of(plan, modules, check_device(model, plan, modules, emulate), as_cuda=as_cuda))
     check_forwards([swap for swap in swaps if (swap.module, swap.kind) not in known], modules)
     if conflict := sharding_conflict(dict(model.named_modules()), plan):  # wrappers among them
         raise PlanError(conflict)

@@ -31,6 +31,7 @@ from autoprec.runtime.scope import (
     LookupScope,
     QuantizedScope,
     Scope,
+    TargetScope,
     UnitScope,
 )
 
@@ -61,12 +62,27 @@ def holds_experts(leaf: nn.Module) -> bool:
     )
 
 
-def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool) -> Iterator[Swap]:
-    """Yield every swap that puts `plan` in force; `emulated` says whether FP8 is."""
+def swaps_of(plan: Plan, modules: Mapping[str, nn.Module], emulated: bool, *, as_cuda: bool = False) -> Iterator[Swap]:
+    """Yield every swap that puts `plan` in force.
+
+    Args:
+        emulated: FP8 is.
+        as_cuda: this device is to widen and round what CUDA does.
+    """
     root = _root(plan)
+    if as_cuda:
+        yield from (Swap(path, TargetScope, {"tf32": plan.tf32}) for path in ("", *_blocks(modules)))
     uniform = all(u.format is plan.ambient for u in plan.units if u.role is not Role.EMBEDDING)
     yield from swaps_of_units(plan, plan.units, modules, holders(plan, modules), emulated, uniform=uniform)
     yield Swap("", AmbientScope, {"ambient": _dtype(root) if root else None})
+
+
+def _blocks(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the paths of repeated blocks: the items of lists."""
+    for path in modules:
+        above = path.rpartition(".")[0]
+        if path and isinstance(modules.get(above), nn.ModuleList) and not isinstance(modules[path], nn.ModuleList):
+            yield path
 
 
 def swaps_of_units(

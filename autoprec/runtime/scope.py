@@ -14,6 +14,7 @@ cache off, because that cache is keyed by weight alone: a weight used in two for
 | AttentionScope | MultiheadAttention | FP8 projections, attention between them in the ambient format |
 | ExpertsScope | experts in 3-D parameters | casts the operands of every product, which no autocast list has in full |
 | QuantizedScope | a packed linear layer | casts its input and makes its kernel compute in the unit's format |
+| TargetScope | the root, each block | what CUDA widens to FP32 and rounds to TF32, where a plan for CUDA is emulated |
 | LookupScope | an embedding | rounds the looked-up values, hands them on in the stream's format |
 """
 
@@ -31,6 +32,7 @@ from autoprec.formats import Fp8Family, Fp8Recipe
 from autoprec.runtime.fp8 import KeptScale, fp8_emulated_matmul, fp8_grouped_matmul, fp8_matmul
 from autoprec.runtime.integrity import check_once
 from autoprec.runtime.products import CastProducts, Grouped, Product, fp8_attention
+from autoprec.runtime.target import target_lists
 
 __all__ = [
     "AmbientScope",
@@ -41,6 +43,7 @@ __all__ = [
     "LookupScope",
     "QuantizedScope",
     "Scope",
+    "TargetScope",
     "UnitScope",
     "enter_scope",
     "leave_scope",
@@ -74,6 +77,18 @@ class AmbientScope(Scope):
     def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_once(module)
         with _autocast(_device_type(module), module._autoprec_ambient):
+            return forward(module, *args, **kwargs)
+
+
+class TargetScope(Scope):
+    """Runs operations as CUDA does (`target_lists`); `_autoprec_tf32` says whether FP32 products are TF32's.
+
+    On each block beside the root, because checkpointing runs blocks again by themselves.
+    """
+
+    @classmethod
+    def run(cls, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with target_lists(module._autoprec_tf32):
             return forward(module, *args, **kwargs)
 
 

@@ -13,11 +13,12 @@ from autoprec.files import as_json
 from autoprec.plan import Plan
 from autoprec.quantities import duration_text
 from autoprec.records import Explained, LargestBatch, Measurement, SearchResult
+from autoprec.study.away import sizes
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import RECOMMENDED, Course
 from autoprec.study.explain import explain
 from autoprec.study.front import pareto_front
-from autoprec.study.larger import batch_sizes, largest_batches
+from autoprec.study.larger import largest_batches
 from autoprec.study.outcome import Outcome, evidence, on_one_clock, outcome_of
 from autoprec.study.verdict import REFERENCE, wanted
 
@@ -42,6 +43,7 @@ def _confirm(course: Course) -> None:
         earlier=[m.batch_drops for m in rows if m.batch_drops],
         plan_of=partial(_plan_of, course),
         has_time=lambda: course.budget.left > 0,
+        forecast=course.forecast,
     )
     course.confirmed, course.unconfirmed = confirmed(
         setting, _noted(course, wanted(front, course.plans.names, course.limit))
@@ -97,10 +99,19 @@ def _finish(course: Course) -> SearchResult:
         explained=_explained(course, outcome.best, clock),
         largest_batches=_largest_batches(course, outcome),
         notes=tuple(filter(None, (*course.notes, course.unconfirmed))),
+        confirm=_on_the_card(course, outcome.best),
     )
     course.folder.write("result.json", as_json(result))
     course.news("done", outcome.verdict.text)
     return result
+
+
+def _on_the_card(course: Course, best: Measurement | None) -> str | None:
+    """Return what to run on a device that is not here, with the same data options; None where all was measured."""
+    if course.forecast is None:
+        return None
+    name, where = shlex.quote(course.workload.model_id), shlex.quote(str(course.folder.path))
+    return f"autoprec verify {where} {name}" if best is not None else f"autoprec search {name}"
 
 
 def _explained(course: Course, best: Measurement | None, clock: float) -> tuple[Explained, ...]:
@@ -125,7 +136,7 @@ def _largest_batches(course: Course, outcome: Outcome) -> tuple[LargestBatch, ..
     uniform = outcome.verdict.best_uniform
     kept = [m for m in outcome.baselines if m.name in (REFERENCE, uniform)]
     plans = {m.name: (m, _plan_of(course, m)) for m in (*kept, *outcome.front)}
-    rows, length = batch_sizes(course.workload)
+    rows, length = sizes(course.workload)
     return tuple(largest_batches(course.workload, course.space, course.device, plans, rows, length))
 
 

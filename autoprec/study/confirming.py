@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
+from autoprec.predict.forecast import Forecast
 from autoprec.probe.workload import Workload
 from autoprec.records import Confirmed, Measurement
 from autoprec.study.confirmation import Candidate, Try, attempts
@@ -40,6 +41,8 @@ class Confirming:
     earlier: Sequence[Sequence[float]]
     plan_of: Callable[[Measurement], Plan]
     has_time: Callable[[], bool]
+    #: of a device that is not here
+    forecast: Forecast | None = None
 
     def candidate(self, found: Measurement) -> Candidate:
         """Return a measured plan as a candidate."""
@@ -49,10 +52,14 @@ class Confirming:
             if not self.has_time():
                 raise OutOfTime
             one = self.unseen.with_batches([self.unseen.batches[batch]])
-            again = evaluate(Request(workload=one, plan=plan, name=found.name, drop_only=True))
+            again = evaluate(self._request(one, plan, found.name))
             return float("nan") if again.drop is None else again.drop
 
         return Candidate(found.name, drop, Spread.of(self.earlier, found.batch_drops))
+
+    def _request(self, workload: Workload, plan: Plan, name: str) -> Request:
+        away = self.forecast is not None
+        return Request(workload=workload, plan=plan, name=name, emulate=away, forecast=self.forecast, drop_only=True)
 
 
 def confirmed(setting: Confirming, wanted: Iterator[Measurement]) -> tuple[tuple[Confirmed, ...], str | None]:

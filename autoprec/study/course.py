@@ -18,6 +18,7 @@ from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
+from autoprec.predict.forecast import Forecast
 from autoprec.probe.pacing import SAME
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit
@@ -33,7 +34,7 @@ from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
-from autoprec.study.knowledge import drop_priors, sensitivity_of, speed_of, time_priors
+from autoprec.study.knowledge import drop_priors, forecast_priors, sensitivity_of, speed_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
 from autoprec.study.race import Answer, Spread, judge
 from autoprec.study.sampler import FrontSampler
@@ -92,6 +93,8 @@ class Course:
     scale: float
     #: kept back for confirmation
     confirm_seconds: float
+    #: where the device is not here: drops are emulated, times and memory predicted
+    forecast: Forecast | None = None
     notes: list[str] = field(default_factory=list)
     known: SensitivityProfile | None = None
     speed: SpeedProfile | None = None
@@ -133,10 +136,12 @@ class Course:
         )
         if self.known:
             self.scale = self.known.scale
-        self.news("probe", "what each unit takes")
-        self.speed, slow = speed_of(
-            self.workload, self.space, self.budget, self.folder, self.tell, self.forward_seconds
-        )
+        slow = None
+        if self.forecast is None:
+            self.news("probe", "what each unit takes")
+            self.speed, slow = speed_of(
+                self.workload, self.space, self.budget, self.folder, self.tell, self.forward_seconds
+            )
         self.notes += [text for text in (why, slow) if text]
 
     # measuring
@@ -246,7 +251,7 @@ class Course:
         return FrontSampler(
             {d.name: d.formats for d in self.space.decisions},
             drop_priors(self.space, self.known),
-            time_priors(self.space, self.speed),
+            forecast_priors(self.space, self.forecast) if self.forecast else time_priors(self.space, self.speed),
             drop_floor=_FLOOR * limit,
             corner=(_CORNER * limit, reference.step_ms),
             # the same seed again would draw what was drawn already
@@ -289,6 +294,8 @@ class Course:
             workload=self.workload,
             plan=plan,
             name=name,
+            emulate=self.forecast is not None,
+            forecast=self.forecast,
             reference_ms=reference.step_ms if reference else None,
             timing_seconds=max(0.5, 0.02 * self.budget.seconds),
             stop_slower=_STOP_SLOWER if reference else None,

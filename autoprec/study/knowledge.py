@@ -7,6 +7,7 @@ from collections.abc import Callable
 from autoprec.errors import MeasurementError, StudyError
 from autoprec.files import as_json, from_json, read_json
 from autoprec.formats import Format
+from autoprec.predict.forecast import Forecast
 from autoprec.probe.sensitivity import probe_sensitivity
 from autoprec.probe.speed import probe_speed
 from autoprec.probe.survey import pass_forwards
@@ -16,13 +17,15 @@ from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
 from autoprec.study.space import SearchSpace
 
-__all__ = ["drop_priors", "sensitivity_of", "speed_of", "time_priors"]
+__all__ = ["drop_priors", "forecast_priors", "sensitivity_of", "speed_of", "time_priors"]
 
 #: what the probe may take: no more than this share of the budget, nor than so many passes over all batches beside what
 #: it needs to begin with (a probe by itself takes four, and a search has more use for each)
 _SHARE, _SWEEPS, _BEGIN_SECONDS = 0.15, 6.0, 1.0
 #: what timing units one by one may take, of the budget and in steps; and a step with its backward in forwards
 _SPEED_SHARE, _SPEED_STEPS, _BACKWARD = 0.06, 60.0, 3.0
+#: by how much the sum of predicted units may differ from what a decision adds to a step: casts at borders
+_BORDERS = 1.1
 
 
 def sensitivity_of(
@@ -125,4 +128,17 @@ def time_priors(space: SearchSpace, known: SpeedProfile | None) -> dict[str, dic
                 max(sum(ends), 0.0) for ends in zip(*((p.value, p.low, p.high) for p in parts), strict=True)
             )
             found.setdefault(decision.name, {})[str(choice)] = Estimate(value, low, high, Origin.PREDICTED)
+    return found
+
+
+def forecast_priors(space: SearchSpace, forecast: Forecast) -> dict[str, dict[str, Estimate]]:
+    """Return what each decision's units take in each format on a device that is not here, as predicted."""
+    times = {f: forecast.unit_ms(f) for f in dict.fromkeys(f for d in space.decisions for f in d.formats)}
+    found: dict[str, dict[str, Estimate]] = {}
+    for decision in space.decisions:
+        for choice in decision.formats:
+            value = max(sum(times[choice].get(unit, 0.0) for unit in decision.units), 1e-6)
+            found.setdefault(decision.name, {})[str(choice)] = Estimate(
+                value, value / _BORDERS, value * _BORDERS, Origin.PREDICTED
+            )
     return found

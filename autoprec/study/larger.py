@@ -13,16 +13,7 @@ from autoprec.probe.workload import Workload
 from autoprec.records import DeviceProfile, Estimate, LargestBatch, Measurement, Origin
 from autoprec.study.space import SearchSpace
 
-__all__ = ["batch_sizes", "largest_batches"]
-
-
-def batch_sizes(workload: Workload) -> tuple[int, int]:
-    """Return examples a batch and tokens an example of a workload."""
-    batch = workload.batches[0]
-    tokens = max(1, workload.tokens(batch))
-    first = next((v for v in batch.values() if hasattr(v, "shape")), None) if isinstance(batch, dict) else None
-    rows = int(first.shape[0]) if first is not None and first.dim() > 0 else 1
-    return rows, max(1, tokens // rows)
+__all__ = ["largest_batches"]
 
 
 def largest_batches(

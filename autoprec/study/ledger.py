@@ -55,7 +55,8 @@ class Ledger:
             drop=0.0,
             drop_ci95=None,
             drop_percent=0.0,
-            step_ms=found.reference_step_ms,
+            # of a device that is not here there is no second time: the prediction is the clock
+            step_ms=found.reference_step_ms or found.step_ms,
             step_ms_ci95=None,
             speedup=1.0,
             speedup_ci95=None,

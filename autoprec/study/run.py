@@ -17,8 +17,9 @@ import optuna
 import torch
 from optuna.storages import BaseStorage
 
-from autoprec.errors import DeviceError, StudyError
+from autoprec.errors import StudyError
 from autoprec.formats import Format
+from autoprec.predict.forecast import Forecast
 from autoprec.probe.device import probe_device
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import device_of
@@ -28,13 +29,13 @@ from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.recommender.recommender import recommend_plan
 from autoprec.records import DeviceProfile, FormatSupport, Mode, Progress, SearchResult, Support
 from autoprec.runtime.fp8 import fp8_missing
+from autoprec.study.away import absent_device, forecast_of, sizes
 from autoprec.study.baselines import baselines
 from autoprec.study.budget import Budget, first_look
 from autoprec.study.closing import carry_out
 from autoprec.study.confirming import split
 from autoprec.study.course import Candidates, Course, News
 from autoprec.study.folder import RunFolder
-from autoprec.study.larger import batch_sizes
 from autoprec.study.space import build_space
 
 __all__ = ["search"]
@@ -67,7 +68,9 @@ def search(
         trials: stop after this many trials of the space, those of a resumed search counted, if the budget lasts.
         max_drop: '0.25%' of the reference's loss, or nats as '0.005'.
         space: name of a shipped space (`default`, `roles`, `blocks`, `modules`) or path of a TOML file.
-        device: `auto`, or the torch device the workload must be on.
+        device: `auto`, or the torch device the workload must be on; or the name of a GPU that is not here: then drops
+            are emulated on the workload's device, with that GPU's formats and CUDA's autocast lists, times and memory
+            are predicted, and every figure says which.
         storage: an Optuna storage or its URL; None keeps a journal in the run folder.
         seed: of the sampler.
         out: the run folder; None makes `autoprec-runs/<time>-<model>/`.
@@ -79,13 +82,13 @@ def search(
         StudyError: folder or storage is in use, holds another search, or cannot be written; or the budget is too
             short for the baselines.
         MeasurementError: the reference cannot be measured.
-        DeviceError: `device` is not the workload's.
+        DeviceError: `device` is not the workload's, or nothing can be predicted for it.
         Interrupted: Ctrl-C; everything measured is kept and `result` holds the front so far.
     """
     started = time.monotonic() - spent_seconds
     clock, limit = Budget(duration_seconds(budget), started), DropLimit.parse(max_drop)
     path = Path(out) if out is not None else _default_folder(workload)
-    _check_device(workload, device)
+    away = absent_device(workload, device)
     with RunFolder(path) as folder, _quiet_optuna(), _old_objects_aside():
         try:
             if folder.has_study() and not resume:
@@ -93,7 +96,7 @@ def search(
                     f"run folder {path} holds a search already. Go on with it by --resume, "
                     "or choose another folder with --out."
                 )
-            run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed)
+            run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed, away)
             return carry_out(run, storage, resume, trials)
         finally:
             folder.discard_if_new()
@@ -107,15 +110,24 @@ def _prepare(
     folder: RunFolder,
     tell: News,
     seed: int,
+    away: DeviceProfile | None,
 ) -> Course:
-    """Probe device and model, build the space and the plans to start with, and check that the budget holds them."""
+    """Probe device and model, build the space and the plans to start with, and check that the budget holds them.
+
+    Args:
+        away: the device to search for, where it is not the workload's.
+    """
     here = device_of(workload.model)
     workload, unseen = split(workload)
     tell(Progress(stage="probe", message="probing the device and the model's units", elapsed_seconds=budget.elapsed))
-    device = _runnable(probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds))), here)
+    if away is not None:
+        device = away
+    else:
+        device = _runnable(probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds))), here)
     profile = probe_units(workload.model, model_id=workload.model_id)
     built = build_space(space, profile, device)
-    rows, length = batch_sizes(workload)
+    rows, length = sizes(workload)
+    forecast = None if away is None else forecast_of(workload, profile, away)
     plans = Candidates(
         baselines=tuple(baselines(built.profile, device, workload.mode)),
         recommended=recommend_plan(profile, device, mode=workload.mode, batch_size=rows, seq_len=length),
@@ -148,7 +160,18 @@ def _prepare(
         folder=folder,
         tell=tell,
         seed=seed,
+        forecast=forecast,
+        notes=[] if forecast is None else _assumptions(forecast, here),
     )
+
+
+def _assumptions(forecast: Forecast, here: torch.device) -> list[str]:
+    """Return what stands behind the figures of a device that is not here."""
+    found = [
+        f"{forecast.device.name} is not here: drops are emulated on {here.type} with its formats and CUDA's autocast "
+        "lists, times and memory are predicted for eager steps"
+    ]
+    return [*found, *forecast.reference.doubts]
 
 
 def _runnable(profile: DeviceProfile, here: torch.device) -> DeviceProfile:
@@ -158,16 +181,6 @@ def _runnable(profile: DeviceProfile, here: torch.device) -> DeviceProfile:
         return profile
     formats = {**profile.formats, Format.FP8: FormatSupport(Support.ABSENT, missing)}
     return dataclasses.replace(profile, formats=formats, fp8_recipes=())
-
-
-def _check_device(workload: Workload, device: str) -> None:
-    here = device_of(workload.model)
-    wanted, _, index = device.partition(":")
-    if device != "auto" and (wanted != here.type or index not in ("", str(here.index or 0))):
-        raise DeviceError(
-            f"a search measures where the model is, and this one is on {here}, not on '{device}'. Load it there, or "
-            "use autoprec recommend --device for a device that is not here."
-        )
 
 
 def _default_folder(workload: Workload) -> Path:

@@ -1,0 +1,92 @@
+"""What a step of a workload would take on a device that is not here: one model, batch and length, any plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from autoprec.formats import Format
+from autoprec.plan import Plan
+from autoprec.predict.coefficients import coefficients
+from autoprec.predict.memory import predict_memory, setup_of
+from autoprec.predict.setup import Setup
+from autoprec.predict.steptime import StepTime, predict_step
+from autoprec.records import DeviceProfile, Estimate, Mode, ModelFacts, ModelProfile, Origin
+
+__all__ = ["Forecast", "Forecasted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecasted:
+    """The predicted figures of a plan."""
+
+    step_ms: Estimate
+    #: over FP32 with TF32 off
+    speedup: Estimate
+    peak_bytes: int
+    step: StepTime
+
+
+@dataclass(slots=True, kw_only=True)
+class Forecast:
+    """Predicts plans of one model at one batch size and length, each once.
+
+    Steps are those that are measured where a device is here: eager, with transformers' default attention and AdamW.
+    """
+
+    device: DeviceProfile
+    profile: ModelProfile
+    facts: ModelFacts | None
+    mode: Mode
+    batch_size: int
+    seq_len: int
+    compiled: bool = False
+    _steps: dict[str, StepTime] = field(default_factory=dict)
+
+    def of(self, plan: Plan) -> Forecasted:
+        """Return the predicted figures of a plan.
+
+        Raises:
+            DeviceError: the device lacks one of its formats.
+        """
+        step, reference = self._step(plan), self.reference
+        return Forecasted(
+            step_ms=step.step_ms,
+            speedup=self._ratio(reference, step),
+            peak_bytes=predict_memory(self.profile, plan, self._setup(plan), self.facts).total_bytes,
+            step=step,
+        )
+
+    @property
+    def reference(self) -> StepTime:
+        """The step in FP32 with TF32 off."""
+        return self._step(self._uniform(Format.FP32))
+
+    def unit_ms(self, choice: Format) -> Mapping[str, float]:
+        """Return what each unit takes on the device where all are in one format."""
+        return self._step(self._uniform(choice)).units_ms
+
+    def _uniform(self, choice: Format) -> Plan:
+        return Plan.uniform(self.profile, choice, device=self.device, mode=self.mode)
+
+    def _step(self, plan: Plan) -> StepTime:
+        settings = (plan.ambient, plan.stream, plan.tf32, plan.fp8_recipe)
+        key = repr((settings, sorted((name, str(f)) for name, f in plan.assignment.items())))
+        if key not in self._steps:
+            self._steps[key] = predict_step(
+                self.profile, plan, self.device, self._setup(plan), self.facts, compiled=self.compiled
+            )
+        return self._steps[key]
+
+    def _setup(self, plan: Plan) -> Setup:
+        return setup_of(plan, self.batch_size, self.seq_len, self.mode, device_kind=self.device.kind)
+
+    def _ratio(self, reference: StepTime, step: StepTime) -> Estimate:
+        """Return the speedup: what is wrong about both steps alike cancels, so it is surer than either."""
+        value = reference.step_ms.value / step.step_ms.value
+        if step is reference:
+            return Estimate(1.0, 1.0, 1.0, Origin.PREDICTED)
+        both = math.log(step.step_ms.high / step.step_ms.value)
+        width = min(both, coefficients().spread.ratio)
+        return Estimate(value, value * math.exp(-width), value * math.exp(width), Origin.PREDICTED)

@@ -1,0 +1,336 @@
+"""The kernels of a block's parts: norm, projections, attention, activation, and the casts that formats bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autoprec.formats import Format, Fp8Recipe
+from autoprec.predict.kernels import Kernel, Kind, Phase, gemm, move
+from autoprec.predict.setup import Attention
+from autoprec.predict.shape import FP32_BYTES, Place, Shape
+from autoprec.records import Leaf, LeafKind, Unit
+
+__all__ = ["Work", "activation", "attention", "ffn", "linear", "norm", "other"]
+
+#: bytes an element of PyTorch's kernels over those of one that reads and writes FP32 once (8), forward and backward:
+#: softmax (backward: grad * result first), dropout (random numbers; mask cast, two products), fused GELU (erf)
+_SOFTMAX, _SOFTMAX_BACK = 8.7, 24.0
+_DROPOUT, _DROPOUT_BACK = 13.5, 25.0
+_NORM, _NORM_BACK = 14.0, 30.0
+#: passes over the operand of GELU written out in Python (transformers' NewGELUActivation): powers, products, sums
+_WRITTEN, _WRITTEN_BACK = 18, 28
+#: classes that learn no positions though they have no rotation of queries and keys: they bias scores by distance
+_DISTANCE = ("Bloom", "Mpt", "T5", "MT5", "UMT5", "LongT5", "SwitchTransformers")
+#: bytes an element to find scales and cast to FP8 where a compiler fuses: of an input, an output gradient, a weight
+#: (torchao testing/training/roofline_utils.py). The largest value of a whole tensor is found where the tensor is made
+#: (an input by norm or activation; of the gradients about half), that of rows and columns is not.
+_SCALE = {
+    Fp8Recipe.TENSORWISE: (4.0, 5.0, 8.0),
+    Fp8Recipe.ROWWISE: (8.0, 8.0, 10.0),
+}
+#: with scales of the step before (TransformerEngine's default) each tensor is read once, an input where it is made
+_SCALE_DELAYED = (2.0, 4.0, 4.0)
+#: the same in inference: no gradient, no second layout
+_SCALE_INFER = (5.0, 0.0, 5.0)
+#: in eager mode each of abs, max, divide, clamp, cast reads and writes a tensor of its own, FP32 from the division on
+_UNFUSED = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A model under a plan and setup, and what of a step is counted."""
+
+    shape: Shape
+    recipe: Fp8Recipe | None = None
+    #: FP8 is scaled by the largest values of the step before
+    delayed: bool = False
+    #: gradients are added to those of an earlier step, as where nobody sets them to zero
+    accumulates: bool = False
+    with_loss: bool = True
+
+    def operands(self, name: str) -> str:
+        """Return what a unit's matmuls multiply in: a format, or `tf32` for FP32 where the plan says so."""
+        chosen = self.shape.formats.get(name, self.shape.plan.ambient)
+        return "tf32" if chosen is Format.FP32 and self.shape.plan.tf32 else str(chosen)
+
+    @property
+    def causal(self) -> bool:
+        """Whether half of the scores are masked."""
+        return self.shape.decoder
+
+
+def norm(work: Work, place: Place) -> Iterator[Kernel]:
+    """Yield a norm over the stream, forward and backward."""
+    shape = work.shape
+    elements = float(place.tokens * shape.hidden)
+    s = shape.stream
+    if shape.written_norm:
+        # square, mean, product, scale, in FP32; with casts where the stream is narrow
+        eager, back, count = 7.0 * FP32_BYTES, 14.0 * FP32_BYTES, (6.0, 14.0)
+        eager += 2 * (s + FP32_BYTES) if s != FP32_BYTES else 0
+    else:
+        eager, back, count = _NORM * s / FP32_BYTES, _NORM_BACK * s / FP32_BYTES, (1.0, 2.0)
+    yield move(Kind.NORM, Phase.FORWARD, elements * eager, elements * 2 * s, launches=count[0])
+    if shape.setup.trains:
+        yield move(Kind.NORM, Phase.BACKWARD, elements * back, elements * 4 * s, launches=count[1])
+
+
+def linear(
+    work: Work,
+    leaf: Leaf,
+    place: Place,
+    *,
+    own_input: bool,
+    tokens: int | None = None,
+    name: str | None = None,
+    from_stream: bool = True,
+    to_stream: bool = False,
+) -> Iterator[Kernel]:
+    """Yield a linear layer: casts of input and weight, three products, the sum of its bias, adding input gradients.
+
+    Args:
+        own_input: no earlier layer has the same input; else the gradients of both are added.
+        from_stream: its input comes in the stream's format.
+        to_stream: its result is added to the stream.
+    """
+    shape, setup = work.shape, work.shape.setup
+    t = place.tokens if tokens is None else tokens
+    i, o, c, s = leaf.inputs, leaf.outputs, place.compute, shape.stream
+    operands = work.operands(name or place.unit)
+    matrix = float(i * o)
+    given = s if from_stream else c
+    if given != c:
+        yield move(Kind.CAST, Phase.FORWARD, float(t * i * (given + c)), 0.0)
+    if place.stored != c:
+        yield move(Kind.CAST, Phase.FORWARD, matrix * (place.stored + c))
+    if operands == Format.FP8:
+        yield from _scales(work, t, i, o, own_input=own_input)
+    yield gemm(Phase.FORWARD, t, o, i, operands, c, kind=Kind.MATMUL)
+    if to_stream:
+        dropped = float(t * o * c) / FP32_BYTES if setup.dropout else 0.0
+        yield move(
+            Kind.RESIDUAL, Phase.FORWARD, t * o * (2.0 * s + c) + _DROPOUT * dropped, t * o * float(s + c), launches=2
+        )
+        if setup.trains:
+            cast = s + c if s != c else 0
+            yield move(
+                Kind.RESIDUAL,
+                Phase.BACKWARD,
+                t * o * (3.0 * s + cast) + _DROPOUT_BACK * dropped,
+                t * o * 1.0 * s,
+                launches=3,
+            )
+    if not setup.trains:
+        return
+    yield gemm(Phase.BACKWARD, t, i, o, operands, c, kind=Kind.MATMUL)
+    if not own_input:
+        yield move(Kind.RESIDUAL, Phase.BACKWARD, 3.0 * t * i * given, 2.0 * t * i * given)
+    if given != c:
+        yield move(Kind.CAST, Phase.BACKWARD, float(t * i * (given + c)), 0.0)
+    if not shape.trains_weights:
+        return
+    yield gemm(Phase.BACKWARD, o, i, t, operands, c, kind=Kind.MATMUL)
+    if leaf.parameters > matrix:  # a bias
+        yield move(Kind.RESIDUAL, Phase.BACKWARD, float(t * o * c))
+    if place.stored != c:
+        yield move(Kind.CAST, Phase.BACKWARD, matrix * (place.stored + c))
+
+
+def _scales(work: Work, tokens: int, inputs: int, outputs: int, *, own_input: bool) -> Iterator[Kernel]:
+    """Yield what FP8 adds to a linear layer: scales, casts and second layouts of input, weight and output gradient.
+
+    A compiler scales an input once that several layers share.
+    """
+    trains = work.shape.setup.trains
+    fresh = _SCALE[work.recipe or Fp8Recipe.TENSORWISE]
+    of_input, of_gradient, of_weight = (_SCALE_DELAYED if work.delayed else fresh) if trains else _SCALE_INFER
+    x, w, g = float(tokens * inputs), float(inputs * outputs), float(tokens * outputs)
+    once = of_weight * w + (of_input * x if own_input else 0.0)
+    yield move(
+        Kind.SCALE, Phase.FORWARD, _UNFUSED * (of_input * x + of_weight * w), once, launches=16, kept=2 + 2 * own_input
+    )
+    if trains:
+        yield move(Kind.SCALE, Phase.BACKWARD, _UNFUSED * of_gradient * g, of_gradient * g, launches=10, kept=2)
+
+
+def attention(work: Work, unit: Unit, place: Place) -> Iterator[Kernel]:
+    """Yield a norm, the projections, attention itself, and the output projection."""
+    shape = work.shape
+    leaves = shape.linears(unit)
+    yield from norm(work, place)
+    if len(leaves) < 2:  # one module that projects and attends
+        for leaf in leaves:
+            yield from linear(work, leaf, place, own_input=True)
+        return
+    *inputs, out = leaves
+    for index, leaf in enumerate(inputs):
+        yield from linear(work, leaf, place, own_input=index == 0)
+    q = out.inputs
+    kv = (inputs[0].outputs - q) // 2 if len(inputs) == 1 else inputs[-1].outputs
+    yield from _attend(work, place, q, kv, joint=len(inputs) == 1)
+    yield from linear(work, out, place, own_input=True, from_stream=False, to_stream=True)
+
+
+def _attend(work: Work, place: Place, q: int, kv: int, *, joint: bool) -> Iterator[Kernel]:
+    """Yield attention between projected queries, keys and values of some features a token."""
+    shape, setup = work.shape, work.shape.setup
+    t, c, trains = place.tokens, place.compute, work.shape.setup.trains
+    if shape.head_norms:
+        wide = float(t * (q + kv) * FP32_BYTES)
+        yield move(Kind.NORM, Phase.FORWARD, 7 * wide, wide, launches=12)
+        if trains:
+            yield move(Kind.NORM, Phase.BACKWARD, 14 * wide, 2 * wide, launches=28)
+    if _rotates(shape):
+        # x * cos + rotate_half(x) * sin: a negation, a concatenation, two products and a sum
+        turned = float(t * (q + kv) * c)
+        yield move(Kind.ATTENTION, Phase.FORWARD, 12 * turned, 2 * turned, launches=10)
+        if trains:
+            yield move(Kind.ATTENTION, Phase.BACKWARD, 12 * turned, 2 * turned, launches=12)
+    if joint and trains:  # the gradients of the three parts are joined
+        yield move(Kind.ATTENTION, Phase.BACKWARD, 2.0 * t * (q + 2 * kv) * c)
+    eager = setup.attention is Attention.EAGER or shape.biased
+    if eager:
+        yield from _eager_scores(work, place, q, kv)
+        return
+    square = float(t) * setup.seq_len * q
+    flops = 4 * square * (0.5 if work.causal and setup.seq_len > 1 else 1.0)
+    flow = float(t * (2 * q + 2 * kv) * c)
+    operands = _scored_in(work, place)
+    yield Kernel(
+        kind=Kind.ATTENTION, phase=Phase.FORWARD, operands=operands, flops=flops, length=setup.seq_len, moved=flow,
+        fused=flow,
+    )  # fmt: skip
+    if trains:
+        yield Kernel(
+            kind=Kind.ATTENTION, phase=Phase.BACKWARD, operands=operands, flops=2.5 * flops, length=setup.seq_len,
+            moved=2 * flow, fused=2 * flow, launches=3.0, fused_launches=3.0,
+        )  # fmt: skip
+
+
+def _scored_in(work: Work, place: Place) -> str:
+    """Return the format of scores: an FP8 unit attends in the ambient format."""
+    operands = work.operands(place.unit)
+    return str(work.shape.plan.ambient) if operands == Format.FP8 else operands
+
+
+def _eager_scores(work: Work, place: Place, q: int, kv: int) -> Iterator[Kernel]:
+    """Yield attention in plain operations: two products, scale, mask, softmax in FP32, dropout."""
+    shape, setup = work.shape, work.shape.setup
+    t, c, length = place.tokens, place.compute, setup.seq_len
+    heads = shape.heads(q)
+    width, many = max(1, q // heads), setup.batch_size * heads
+    operands = _scored_in(work, place)
+    square = float(t) * length * heads
+    flow = float(t * (q + 2 * kv) * c)
+    # autocast and Llama's relatives widen to FP32 for the softmax; a cast model's own runs in its format
+    widened = c != FP32_BYTES and (shape.stream == FP32_BYTES or shape.written_norm)
+    casts = 2 * (c + FP32_BYTES) if widened else 0
+    soft = 1.0 if widened else c / FP32_BYTES
+    repeated = float(t * 4 * q * c) if kv != q else 0.0
+    yield move(Kind.ATTENTION, Phase.FORWARD, 2 * flow + 2.0 * t * q * c + repeated, launches=4)
+    yield gemm(Phase.FORWARD, length, length, width, operands, c, many, kind=Kind.ATTENTION)
+    dropped = c / FP32_BYTES if setup.dropout else 0.0
+    yield move(
+        Kind.ATTENTION,
+        Phase.FORWARD,
+        square * (2 * c + 2 * c + casts + _SOFTMAX * soft + _DROPOUT * dropped),
+        square * (3 * c + (c if setup.dropout else 0)),
+        launches=4 + (2 if casts else 0) + setup.dropout,
+        kept=2,
+    )
+    yield gemm(Phase.FORWARD, length, width, length, operands, c, many, kind=Kind.ATTENTION)
+    if not setup.trains:
+        return
+    for m, n, k in ((length, length, width), (length, width, length), (length, width, length), (length, width, length)):
+        yield gemm(Phase.BACKWARD, m, n, k, operands, c, many, kind=Kind.ATTENTION)
+    masked = 2.25 * c if work.causal else 0.0
+    yield move(
+        Kind.ATTENTION,
+        Phase.BACKWARD,
+        square * (2 * c + masked + casts + _SOFTMAX_BACK * soft + _DROPOUT_BACK * dropped),
+        square * (5 * c),
+        launches=4 + (2 if casts else 0) + 3 * setup.dropout,
+        kept=2,
+    )
+    yield move(Kind.ATTENTION, Phase.BACKWARD, 2 * flow + 2.0 * t * q * c + repeated, launches=4)
+
+
+def ffn(work: Work, unit: Unit, place: Place) -> Iterator[Kernel]:
+    """Yield a norm, the matrices of an FFN or of its experts, and the activation between them."""
+    shape = work.shape
+    yield from norm(work, place)
+    experts = [shape.leaves[m] for m in unit.modules if shape.leaves[m].kind is LeafKind.EXPERTS]
+    for leaf in experts:
+        yield from _experts(work, leaf, place)
+    leaves = shape.linears(unit)
+    if len(leaves) < 2:
+        for leaf in leaves:
+            yield from linear(work, leaf, place, own_input=True, to_stream=True)
+        return
+    *inputs, out = leaves
+    for index, leaf in enumerate(inputs):
+        yield from linear(work, leaf, place, own_input=index == 0)
+    gated = len(inputs) > 1 or inputs[0].outputs == 2 * out.inputs
+    yield from activation(work, place, place.tokens, out.inputs, gated=gated)
+    yield from linear(work, out, place, own_input=True, from_stream=False, to_stream=True)
+
+
+def activation(work: Work, place: Place, tokens: int, width: int, *, gated: bool) -> Iterator[Kernel]:
+    """Yield an activation of some features a token, and the product with its gate."""
+    one = float(tokens * width * place.compute)
+    if work.shape.written_activation:
+        forward, back, count = _WRITTEN * one, _WRITTEN_BACK * one, (8.0, 14.0)
+    elif gated:
+        forward, back, count = 5 * one, 9 * one, (2.0, 3.0)
+    else:
+        forward, back, count = 2 * one, 4 * one, (1.0, 1.0)
+    lean = (3 if gated else 2) * one
+    yield move(Kind.ACTIVATION, Phase.FORWARD, forward, lean, launches=count[0])
+    if work.shape.setup.trains:
+        yield move(Kind.ACTIVATION, Phase.BACKWARD, back, lean + 2 * one, launches=count[1])
+
+
+def other(work: Work, unit: Unit, place: Place) -> Iterator[Kernel]:
+    """Yield layers outside blocks: of all tokens before a head over a vocabulary, else of one token a sequence."""
+    shape = work.shape
+    every = shape.over_vocabulary()
+    tokens = place.tokens if every else shape.setup.batch_size
+    for leaf in shape.linears(unit):
+        yield from linear(work, leaf, place, own_input=True, tokens=tokens)
+        if every:
+            yield from activation(work, place, tokens, leaf.outputs, gated=False)
+
+
+def _experts(work: Work, leaf: Leaf, place: Place) -> Iterator[Kernel]:
+    """Yield the experts of a block: each token through its own few, gathered and scattered; all weights are read."""
+    shape = work.shape
+    facts = shape.facts
+    chosen = max(1, facts.experts_per_token) if facts is not None else 2
+    matrices = 3 if shape.gated else 2
+    count = max(1, leaf.parameters // max(1, matrices * leaf.inputs * leaf.outputs))
+    tokens = max(1, -(-place.tokens * chosen // count))
+    c, operands = place.compute, work.operands(place.unit)
+    trains, weights = shape.setup.trains, shape.trains_weights
+    spread = float(place.tokens * chosen * leaf.inputs * c)
+    if place.stored != c:
+        yield move(Kind.CAST, Phase.FORWARD, float(leaf.parameters * (place.stored + c)))
+    yield move(Kind.ACTIVATION, Phase.FORWARD, 6 * spread, launches=6 * count)
+    for index in range(matrices):
+        i, o = (leaf.inputs, leaf.outputs) if index < matrices - 1 else (leaf.outputs, leaf.inputs)
+        yield gemm(Phase.FORWARD, tokens, o, i, operands, c, count, kind=Kind.MATMUL)
+        if trains:
+            yield gemm(Phase.BACKWARD, tokens, i, o, operands, c, count, kind=Kind.MATMUL)
+        if weights:
+            yield gemm(Phase.BACKWARD, o, i, tokens, operands, c, count, kind=Kind.MATMUL)
+    yield from activation(work, place, place.tokens * chosen, leaf.outputs, gated=shape.gated)
+    if trains:
+        yield move(Kind.ACTIVATION, Phase.BACKWARD, 9 * spread, launches=6 * count)
+    if weights and place.stored != c:
+        yield move(Kind.CAST, Phase.BACKWARD, float(leaf.parameters * (place.stored + c)))
+
+
+def _rotates(shape: Shape) -> bool:
+    """Say whether queries and keys are rotated by position: where none are learned and scores have no bias."""
+    learned = sum(leaf.kind is LeafKind.EMBEDDING for leaf in shape.profile.leaves) > 1
+    return shape.decoder and not learned and not shape.profile.class_name.startswith(_DISTANCE)

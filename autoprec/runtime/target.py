@@ -1,0 +1,138 @@
+"""What a CUDA device does that this one does not: autocast's lists of FP32 operations, and TF32 products.
+
+CPU autocast runs softmax, norms, powers and sums in the low format; CUDA widens their operands to FP32 first (PyTorch's
+list in `aten/src/ATen/autocast_mode.h`). TF32 rounds the operands of FP32 products to 10 fraction bits, in the backward
+too. Within `target_lists` functions called on this device do the same. Not modelled: the inside of fused attention, the
+order of accumulation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autoprec.formats import TF32
+from autoprec.runtime.emulate import round_to
+
+__all__ = ["WIDENED", "target_lists"]
+
+#: autocast's `fp32` and `fp32_set_opt_dtype` lists of CUDA, as functions and methods are called in Python
+WIDENED = frozenset(
+    {
+        "__pow__", "__rdiv__", "__rpow__", "__rtruediv__", "acos", "asin", "binary_cross_entropy_with_logits", "cdist",
+        "cosine_embedding_loss", "cosine_similarity", "cosh", "cross_entropy", "cumprod", "cumsum", "dist", "erfinv",
+        "exp", "expm1", "gaussian_nll_loss", "group_norm", "hinge_embedding_loss", "huber_loss", "kl_div", "l1_loss",
+        "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "logsumexp", "margin_ranking_loss", "mse_loss",
+        "multi_margin_loss", "multilabel_margin_loss", "native_layer_norm", "nll_loss", "norm", "poisson_nll_loss",
+        "pow", "prod", "reciprocal", "renorm", "rms_norm", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss",
+        "softmax", "softmin", "softplus", "sum", "tan", "triplet_margin_loss", "vector_norm",
+    }
+)  # fmt: skip
+#: functions whose operands a tensor core takes in TF32
+_PRODUCTS = frozenset(
+    {
+        "__matmul__", "addbmm", "addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+        "conv_transpose2d", "conv_transpose3d", "einsum", "linear", "matmul", "mm",
+    }
+)  # fmt: skip
+_LOW = (torch.bfloat16, torch.float16)
+_active: ContextVar[bool] = ContextVar("target_lists", default=False)
+
+
+@contextlib.contextmanager
+def target_lists(tf32: bool) -> Iterator[None]:
+    """Run a block as CUDA would; inside another such block nothing changes. A compiler sees nothing of it."""
+    if torch.compiler.is_compiling() or _active.get():
+        yield
+        return
+    token = _active.set(True)
+    try:
+        with _Lists(tf32):
+            yield
+    finally:
+        _active.reset(token)
+
+
+class _Lists(TorchFunctionMode):
+    """Widens what CUDA's autocast widens, and rounds products to TF32 where that is on."""
+
+    def __init__(self, tf32: bool) -> None:
+        super().__init__()
+        self.tf32 = tf32
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in WIDENED and (first := _first(args)) is not None and torch.is_autocast_enabled(first.device.type):
+            return func(*_mapped(args, _widened), **{key: _mapped(value, _widened) for key, value in kwargs.items()})
+        if self.tf32 and name in _PRODUCTS and (first := _first(args)) is not None:
+            if first.dtype is torch.float32 and not torch.is_autocast_enabled(first.device.type):
+                result = func(*_operands(name, args), **{k: _mapped(v, _rounded) for k, v in kwargs.items()})
+                return _GradientRounded.apply(result)  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounds to TF32; the gradient passes, as the kernel's own products are rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return round_to(values, TF32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _GradientRounded(torch.autograd.Function):
+    """Passes values on and rounds their gradient, an operand of the products of the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return round_to(grads[0], TF32)
+
+
+def _operands(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments with the operands of the product rounded: what is added to it is not."""
+    first = 1 if name in ("addmm", "baddbmm", "addbmm") else 0
+    last = first + 2 if name != "einsum" else len(args)
+    return tuple(_mapped(arg, _rounded) if first <= i < last else arg for i, arg in enumerate(args))
+
+
+def _rounded(value: Tensor) -> Tensor:
+    if value.dtype is not torch.float32:
+        return value
+    result: Tensor = _Rounded.apply(value)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in _LOW else value
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_mapped(item, change) for item in value)
+    return value
+
+
+def _first(args: Any) -> Tensor | None:
+    """Return the first tensor of some arguments, of a list among them as well."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, list | tuple) and (found := _first(arg)) is not None:
+            return found
+    return None

@@ -1,0 +1,78 @@
+"""A device that is not here: which one is meant, and the predictions of a workload's steps on it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from autoprec.errors import DeviceError
+from autoprec.plan import Plan, PlanDevice
+from autoprec.predict.forecast import Forecast
+from autoprec.probe.described import module_facts
+from autoprec.probe.device import device_name
+from autoprec.probe.known import named_profile
+from autoprec.probe.steps import device_of
+from autoprec.probe.units import probe_units
+from autoprec.probe.workload import Workload
+from autoprec.records import DeviceProfile, ModelProfile
+
+__all__ = ["absent_device", "away", "forecast_of", "sizes"]
+
+
+def away(workload: Workload, plan: Plan, device: str) -> tuple[Plan, Forecast | None]:
+    """Return a plan as one for a named device that is not here, and the predictions there; both as they are otherwise.
+
+    Raises:
+        DeviceError: no device is called so, or nothing can be predicted for it.
+    """
+    known = absent_device(workload, device)
+    if known is None:
+        return plan, None
+    plan = dataclasses.replace(plan, device=PlanDevice(name=known.name, kind=known.kind, origin=known.origin))
+    return plan, forecast_of(workload, probe_units(workload.model, model_id=workload.model_id), known)
+
+
+def absent_device(workload: Workload, device: str) -> DeviceProfile | None:
+    """Return the profile of a named device that is not the workload's; None where it is the workload's that is meant.
+
+    Raises:
+        DeviceError: one of torch's own devices that the workload is not on, or no device is called so.
+    """
+    here = device_of(workload.model)
+    wanted, _, index = device.partition(":")
+    if device == "auto" or (wanted == here.type and index in ("", str(here.index or 0))):
+        return None
+    known = named_profile(device)
+    if known is not None:
+        return None if known.name == device_name(here) else known
+    raise DeviceError(
+        f"a search measures where the model is, and this one is on {here}, not on '{device}'. Load it there, or name a "
+        "GPU of the catalogue, such as h100-sxm, to have it emulated and predicted."
+    )
+
+
+def forecast_of(workload: Workload, profile: ModelProfile, device: DeviceProfile) -> Forecast:
+    """Return the predictions of a workload's steps; asked once, so that what cannot be predicted is said at once.
+
+    Raises:
+        DeviceError: nothing can be predicted for the device.
+    """
+    rows, length = sizes(workload)
+    forecast = Forecast(
+        device=device,
+        profile=profile,
+        facts=module_facts(workload.model),
+        mode=workload.mode,
+        batch_size=rows,
+        seq_len=length,
+    )
+    forecast.reference  # noqa: B018
+    return forecast
+
+
+def sizes(workload: Workload) -> tuple[int, int]:
+    """Return batch size and sequence length of a workload's first batch."""
+    batch = workload.batches[0]
+    tokens = max(1, workload.tokens(batch))
+    first = next((v for v in batch.values() if hasattr(v, "shape")), None) if isinstance(batch, dict) else None
+    rows = int(first.shape[0]) if first is not None and first.dim() > 0 else 1
+    return rows, max(1, tokens // rows)
