@@ -118,7 +118,7 @@ def test_help_of_a_command_is_complete(name: str) -> None:
 
 
 #: options that are off unless given
-UNSET = {"metric", "data"}
+UNSET = {"metric", "data", "train_steps", "curves"}
 
 
 def test_help_of_every_command_loads_nothing_heavy() -> None:
@@ -169,7 +169,7 @@ def test_usage_errors_exit_2(here: Path, arguments: list[str], wanted: str) -> N
         (["recommend", "demo", "--device", "nope"], "there is no device 'nope'"),
         (["search", "demo", "--data", "none.txt"], "none.txt"),
         (["search", "demo", "--device", "nope"], "there is no device 'nope'"),
-        (["search", "demo", "--device", "t4"], "autoprec recommend demo --device t4"),
+        (["search", "demo", "--device", "mps"], "there is no device 'mps'"),
         (["probe", "--device", "nope"], "there is no device 'nope'"),
         (["probe", "demo", "--device", "t4", "--batches", "2"], "'t4' is not here"),
     ],

@@ -160,7 +160,7 @@ from autoprec.cli.main import main
 try:
     main(["recommend", "meta-llama/Llama-3.1-8B", "--device", "h100-sxm", "--json"])
 finally:
-    heavy = {"torch", "transformers", "huggingface_hub", "numpy", "pandas", "sklearn", "optuna"} & set(sys.modules)
+    heavy = {"torch", "transformers", "huggingface_hub", "pandas", "sklearn", "optuna"} & set(sys.modules)
     print(json.dumps(sorted(heavy)), file=sys.stderr)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-#: what timing may take: half of what the probe of times takes by itself
-_SPEED_SECONDS = 15.0
+#: what timing may take: a quarter of what the probe of times takes by itself
+_SPEED_SECONDS = 10.0
 
 
 @click.command("probe")
