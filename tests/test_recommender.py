@@ -450,3 +450,15 @@ def test_a_name_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.load", refuse)
     done = recommend("demo", "h100-sxm")
     assert done.plan.model.id == "demo" and done.plan.ambient is BF16
+
+
+def test_a_lighter_plan_has_the_larger_batch_and_its_tokens_a_second() -> None:
+    found = recommend("meta-llama/Llama-3.1-8B", device="h100-sxm", method="lora", batch_size=2, seq_len=512)
+    at = found.expected["at_largest_batch"]
+    assert at["plan"]["batch_size"] > at["uniform fp32"]["batch_size"] >= 1
+    for row in at.values():
+        rate = row["tokens_per_s"]
+        assert rate["origin"] == "predicted" and 0 < rate["low"] < rate["value"] < rate["high"]
+    # at 2 x 512 tokens a step: more of them at once are no slower for each
+    given = 1e3 * 2 * 512 / found.expected["step_ms"]["plan"]["value"]
+    assert at["plan"]["tokens_per_s"]["value"] > 0.95 * given

@@ -113,4 +113,7 @@ def command(
 
 def _short(expected: dict[str, Any]) -> dict[str, Any]:
     """Return what is shown of expectations unless all is asked for."""
-    return {name: expected.get(name) for name in ("matmul_speedup", "step_ms", "compiled_step_ms", "doubts")}
+    return {
+        name: expected.get(name)
+        for name in ("matmul_speedup", "step_ms", "compiled_step_ms", "at_largest_batch", "doubts")
+    }

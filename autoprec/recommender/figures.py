@@ -106,7 +106,8 @@ def step_figures(
 ) -> dict[str, Any]:
     """Return the predicted time of a step of the plan, eager and compiled, beside FP32's and the ambient format's.
 
-    `step_reason` says why where no time can be predicted: the time model knows GPUs.
+    With the largest batch that fits for each, and its tokens a second. `step_reason` says why where no time can be
+    predicted: the time model knows GPUs.
     """
     others = {"uniform fp32": Format.FP32, f"uniform {plan.ambient}": plan.ambient}
     plans = {"plan": plan} | {
@@ -121,9 +122,32 @@ def step_figures(
                 if name == "plan" and not compiled:
                     figures |= {"sustained": dict(found.rates), "doubts": list(found.doubts)}
                     figures["host_bound"] = [str(phase) for phase in found.host_bound]
+        figures["at_largest_batch"] = {
+            name: _at_largest(profile, one, device, setup, model_facts) for name, one in plans.items()
+        }
     except AutoprecError as fault:
         return {"step_ms": None, "step_reason": str(fault)}
     return figures
+
+
+def _at_largest(
+    profile: ModelProfile, plan: Plan, device: DeviceProfile, setup: Setup, model_facts: ModelFacts | None
+) -> dict[str, Any]:
+    """Return the largest batch that fits the device with a plan, and the tokens a second there; empty where none fits.
+
+    What a plan saves in memory may buy a larger batch, which pays more than its formats where steps are short.
+    """
+    if device.memory_bytes is None:
+        return {}
+    alone = dataclasses.replace(setup, batch_size=1, accumulation=1)
+    fit = fit_batch(profile, plan, alone, model_facts, round((1 - RESERVE) * device.memory_bytes))
+    if not fit.micro_batch:
+        return {}
+    full = dataclasses.replace(alone, batch_size=fit.micro_batch)
+    step = predict_step(profile, plan, device, full, model_facts).step_ms
+    tokens = 1e3 * fit.micro_batch * setup.seq_len
+    rate = Estimate(tokens / step.value, tokens / step.high, tokens / step.low, Origin.PREDICTED)
+    return {"batch_size": fit.micro_batch, "tokens_per_s": as_json(rate)}
 
 
 def _speedup(
