@@ -72,6 +72,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units are timed for a second, not ten: here it matters what is said of them."""
+    monkeypatch.setattr("autoprec.cli.probe._SPEED_SECONDS", 1.0)
+
+
 @pytest.fixture
 def plan_file(here: Path) -> str:
     samples.plan().save("plan.json")
