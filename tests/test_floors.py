@@ -71,6 +71,7 @@ HOMES = {
     "click": ("cli",),
     "torchao": ("runtime.fp8",),
     "torch_tensorrt": ("exporters.tensorrt",),
+    "onnx": ("exporters.onnx_graph",),
     "plotly": ("report.html",),
     "rich": ("report", "cli"),
 }
