@@ -73,6 +73,7 @@ HOMES = {
     "click": ("cli",),
     "torchao": ("runtime.fp8", "runtime.optimizers"),
     "torch_tensorrt": ("exporters.tensorrt",),
+    "onnx": ("exporters.onnx_graph",),
     "plotly": ("report.html",),
     "rich": ("report", "cli"),
 }

@@ -46,6 +46,10 @@ class Planned(lightning.LightningModule):
         if self.applied is None:
             self.applied = autoprec.apply(self.model, autoprec.Plan.load(PLAN))
 
+    def on_train_start(self) -> None:
+        """Train in train mode: from_pretrained gives models in eval mode, which Lightning would keep."""
+        self.model.train()
+
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         """Return the loss of a batch."""
         loss = self.model(**batch).loss.float()
