@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from test_storage import llama
 from test_trainer import data_of, model_of
 
-from autoprec import Plan, Workload
+from autoprec import Plan, Workload, applied
 from autoprec.cli.main import main
 from autoprec.errors import DataError, UsageError
 from autoprec.files import as_json, from_json
+from autoprec.formats import Format
 from autoprec.records import TrainingConfirmation, TrainingVerdict, Verification
+from autoprec.runtime.tripwire import Tripwire
 from autoprec.training import confirm_training, judged
 from autoprec.verification import verify
 
@@ -85,6 +88,28 @@ def test_other_seeds_of_fp32_are_hardly_ever_called_worse() -> None:
         one, other = ([random.gauss(2.0, 0.01) for _ in range(8)] for _ in range(2))
         worse += judged("x", one, other)[0].verdict is TrainingVerdict.WORSE
     assert worse <= 20
+
+
+def test_what_overflows_fp16_trains_once_the_tripwire_has_widened_it() -> None:
+    """The same function as before, but products of the gate pass 65,504."""
+    torch.manual_seed(0)
+    model: Any = llama(num_hidden_layers=2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2.0**24)
+        model.model.layers[1].mlp.down_proj.weight.mul_(2.0**-24)
+    ids = torch.randint(0, 64, (8, 2, 12))
+    given = Workload(model, [{"input_ids": row, "labels": row} for row in ids], "train")
+    plan = Plan.uniform(model, "fp16")
+    with applied(model, plan) as handle:
+        wire = Tripwire(handle, every=1)
+        for index in range(2):
+            with wire.step(index):
+                (65536 * model(input_ids=ids[0], labels=ids[0]).loss).backward()  # as a gradient scaler would
+            model.zero_grad()
+        widened = handle.plan
+    assert [unit for unit, f in widened.assignment.items() if f is Format.BF16] == ["blocks.1.ffn"]
+    found = confirm_training(given, {"fp16": plan, "widened": widened}, steps=4, seeds=2)
+    assert [arm.verdict is TrainingVerdict.WORSE for arm in found.arms] == [True, False]
 
 
 def test_what_it_takes() -> None:

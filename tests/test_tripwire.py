@@ -231,6 +231,8 @@ def test_what_is_wrong_from_the_first_step_is_said_and_not_mended(tmp_path: Path
     )
     with pytest.raises(TrainingError, match="first step"):
         trainer.train()
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_a_unit_that_goes_wrong_while_training_is_widened_in_a_trainer(tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ class PrecisionCallback(TrainerCallback):  # type: ignore[misc]
         if known is not None and known != weights_digest(model):
             _logger.warning("the plan's figures were measured on other weights of %s", self.given.model.id)
 
+    def stop_watching(self) -> None:
+        """End a watched step that an exception cut off: its hooks, and compiled code that runs eagerly meanwhile."""
+        if self.tripwire is not None:
+            self.tripwire.drop()
+
     # events of the Trainer
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
@@ -103,6 +108,7 @@ class PrecisionCallback(TrainerCallback):  # type: ignore[misc]
                 if args.device.type == "cpu" or args.fp16
                 else "the plan has fp16, which needs a gradient scaler: give TrainingArguments(fp16=True)."
             )
+        self.stop_watching()
         self._folder = Path(args.output_dir) if state.is_world_process_zero else None
         self._save()
         every, limits, then = self._watching

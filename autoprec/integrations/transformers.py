@@ -119,7 +119,10 @@ class PrecisionMixin(_Behind):  # type: ignore[misc]
             if folder is not None:  # without one the Trainer says so
                 self._check_saved(Path(str(folder)))
         self._loss_seen = False
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.precision.stop_watching()
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the model, and the plan beside it."""

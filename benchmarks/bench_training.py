@@ -1,0 +1,152 @@
+"""Plans trained beside FP32, over seeds: verdicts with intervals, and false alarms of FP32 with other seeds.
+
+    python benchmarks/bench_training.py [minilm] [smollm2] [demo] [overflow] [--steps N] [--seeds K] [--plan FILE]
+
+`minilm`: the spam classifier on 40 batches of 16 mails, 200 steps. `smollm2`: LoRA (rank 8, all projections) on windows
+of 128 tokens, 60 steps. `demo`: the demo GPT, all weights, 200 steps. `overflow`: SmolLM2 with the FFNs' gate products
+4096 times as large and their output weights as much smaller: the same function, but past FP16's 65,504. Each is trained
+under uniform BF16, FP16 and FP8 (tensorwise, emulated); under a plan, that of --plan or of a search of --budget; and in
+FP8 but for the units that lose most by it, as `probe_sensitivity` has them, which run in BF16 until the sum of the
+others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at random, 20 times; how often one
+half is called worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import default_cache
+from record import write_result
+from spam import load_classifier
+
+from autoprec import Plan, Workload, probe_sensitivity, search
+from autoprec.files import as_json
+from autoprec.formats import Format
+from autoprec.probe.workload import workload_from
+from autoprec.records import TrainingConfirmation, TrainingVerdict
+from autoprec.training import REFERENCE, confirm_training, judged
+
+STEPS = {"minilm": 200, "smollm2": 60, "demo": 200, "overflow": 60}
+#: LoRA and a classifier learn at other rates than all weights of a language model
+RATES = {"minilm": 2e-5, "smollm2": 2e-4, "demo": 1e-4, "overflow": 2e-4}
+SPLITS = 20
+
+
+def minilm() -> Workload:
+    """Return the spam classifier with labelled mails that its head was not fitted on."""
+    from transformers import AutoTokenizer
+
+    cache = default_cache()
+    tokenizer = AutoTokenizer.from_pretrained(cache / "minilm")
+    rows = [json.loads(line) for line in (cache / "spam-head" / "spam.jsonl").read_text().splitlines()[1200:1840]]
+    batches = []
+    for start in range(0, len(rows), 16):
+        part = rows[start : start + 16]
+        made = tokenizer(
+            [row["text"][:800] for row in part], padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
+        labels = torch.tensor([row["label"] for row in part])
+        batches.append({"input_ids": made.input_ids, "attention_mask": made.attention_mask, "labels": labels})
+    model = load_classifier(cache)
+    return Workload(model, batches, mode="train", outputs="logits", task="classification", model_id="minilm-spam")
+
+
+def smollm2(loud: bool = False) -> Workload:
+    """Return SmolLM2 with LoRA adapters on an Austen novel; `loud` scales what goes into each FFN's last layer."""
+    from peft import LoraConfig, get_peft_model
+
+    cache = default_cache()
+    text = cache / "austen" / "sense_and_sensibility.txt"
+    found = workload_from(str(cache / "smollm2"), data=text, batch_size=2, seq_len=128, batches=32, mode="train")
+    model: Any = found.model
+    if loud:
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight.mul_(4096.0)  # powers of two: no bit of any result changes in FP32
+                layer.mlp.down_proj.weight.div_(4096.0)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM"))
+    return Workload(adapted, found.batches, mode="train", task=found.task, model_id=found.model_id)
+
+
+def demo() -> Workload:
+    """Return the demo GPT on its text."""
+    return workload_from("demo", batches=32, mode="train")
+
+
+WORKLOADS = {"minilm": minilm, "smollm2": smollm2, "demo": demo, "overflow": lambda: smollm2(loud=True)}
+
+
+def false_alarms(curves: TrainingConfirmation) -> dict[str, int]:
+    """Split FP32's own runs in two at random, again and again, and count the verdicts of one half on the other."""
+    finals = [c.final_loss for c in curves.curves if c.name == REFERENCE and c.final_loss is not None]
+    half, draw = len(finals) // 2, random.Random(0)
+    counts = dict.fromkeys(map(str, TrainingVerdict), 0)
+    for _ in range(SPLITS):
+        draw.shuffle(finals)
+        counts[str(judged("other seeds", finals[:half], finals[half : 2 * half])[0].verdict)] += 1
+    return counts
+
+
+def searched(workload: Workload, budget: str) -> Plan | None:
+    """Return the plan that a search chooses, None where it finds nothing worth using."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = search(workload, budget=budget, out=folder)
+        path = Path(folder) / "plan.json"
+        return Plan.load(path) if result.chosen is not None and path.exists() else None
+
+
+def mostly_fp8(workload: Workload) -> Plan:
+    """Return uniform FP8 with the most sensitive units in BF16, until what the others lose is within 0.25 %."""
+    profile = probe_sensitivity(workload, formats=("fp8",))
+    plan = Plan.uniform(workload.model, "fp8")
+    lost = {u.name: max(0.0, profile[u.name, "fp8"].value) for u in plan.units if u.format is Format.FP8}
+    raised = []
+    for name in sorted(lost, key=lambda name: -lost[name]):
+        if sum(lost.values()) <= 0.0025 * profile.scale:
+            break
+        raised.append(name)
+        lost.pop(name)
+    return plan.replace(dict.fromkeys(raised, "bf16"))
+
+
+def main() -> None:
+    """Train what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="minilm, smollm2, demo, overflow; default: minilm and smollm2")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--plan", type=Path)
+    parser.add_argument("--budget", default="5m")
+    asked = parser.parse_args()
+    for name in asked.models or ["minilm", "smollm2"]:
+        workload = WORKLOADS[name]()
+        plans = {f"uniform {f}": Plan.uniform(workload.model, f) for f in ("bf16", "fp16", "fp8")}
+        plan = Plan.load(asked.plan) if asked.plan else searched(workload, asked.budget)
+        if plan is not None:
+            plans["the plan"] = plan
+        plans["fp8 but for sensitive units"] = mostly_fp8(workload)
+        options: dict[str, Any] = {"steps": asked.steps or STEPS[name], "learning_rate": RATES[name], "emulate": True}
+        found = confirm_training(
+            workload, plans, seeds=asked.seeds, tell=lambda text: print(text, flush=True), **options
+        )
+        others = confirm_training(workload, {}, seeds=2 * asked.seeds, **options)
+        figures = {
+            "model": name,
+            "units by format": {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()},
+            "training": as_json(found),
+            f"verdicts on FP32 with other seeds, {SPLITS} splits": false_alarms(others),
+            "losses of those": [c.final_loss for c in others.curves],
+        }
+        print(write_result(f"training-{name}", figures), [str(arm.verdict) for arm in found.arms])
+
+
+if __name__ == "__main__":
+    main()
