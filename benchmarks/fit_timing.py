@@ -1,6 +1,6 @@
 """Fit the time model's numbers to public measurements and write them to profiles/timing.json.
 
-    python benchmarks/fit_timing.py --data FOLDER [--from FILE]
+    python benchmarks/fit_timing.py --data FOLDER
 
 What is fitted: how matmuls come near their rate (per vendor, vector and matrix units), the share of the bandwidth of
 elementwise kernels, what large matmuls reach of a peak where nobody measured it, the rates of fused attention, what
@@ -34,13 +34,17 @@ TABLE = ROOT / "profiles" / "timing.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder of public measurements; by default $AUTOPREC_PUBLIC_DATA")
-    parser.add_argument("--from", dest="start", default=str(TABLE), help="numbers to begin from")
     options = parser.parse_args()
     folder = data_folder(options.data)
     if folder is None:
         parser.error("give --data, or set AUTOPREC_PUBLIC_DATA to a folder with gemm_dtype.csv and kernels.csv")
-    numbers = fit(folder, read_coefficients(json.loads(Path(options.start).read_text())))
-    write(numbers)
+    # intervals are what bench_predict.py found
+    write(dataclasses.replace(fit(folder, start()), spread=read_coefficients(json.loads(TABLE.read_text())).spread))
+
+
+def start() -> Coefficients:
+    """Return where every fit begins, left-out cards' too: round numbers that no card had a part in."""
+    return read_coefficients(json.loads((ROOT / "benchmarks" / "timing_start.json").read_text()))
 
 
 def fit(folder: Path, numbers: Coefficients, leave_out: str = "") -> Coefficients:

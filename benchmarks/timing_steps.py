@@ -15,7 +15,7 @@ from autoprec.predict.coefficients import Coefficients, coefficients
 from autoprec.predict.memory import setup_of
 from autoprec.predict.skeleton import skeleton_profile
 from autoprec.predict.steptime import StepTime, predict_step
-from autoprec.records import Architecture, DeviceProfile, GemmRate, ModelFacts, ModelProfile, Role
+from autoprec.records import Architecture, DeviceProfile, GemmRate, LeafKind, ModelFacts, ModelProfile, Role
 
 __all__ = ["NOT_COMPARED", "SPEEDUPS", "both_steps", "predict_row", "reason_out", "speedup"]
 
@@ -34,11 +34,15 @@ _BERTS = {
     "bert_large": "bert-large-uncased", "bert_base_squad": "bert-base-uncased", "bert_large_pretrain":
     "bert-large-uncased", "gpt2_large": "gpt2-large",
 }  # fmt: skip
+#: single layers in FP16: class and whether it decodes
+_LAYERS = {"bert-large layer": "BertForMaskedLM", "gpt2-medium block": "GPT2LMHeadModel"}
 _FORMATS = {"fp32": "fp32", "tf32": "tf32", "fp16_amp": "fp16", "bf16_amp": "bf16", "bf16_pure": "bf16"}
 
 
 def reason_out(row: Any) -> str | None:
     """Return why a row is not predicted; None where it is."""
+    if row["table"] == "layer":
+        return None if row["model"] in _LAYERS else "T5's relative positions: a bias that no row says how it was made"
     if row["model"] not in _DECODERS and row["model"] not in _BERTS:
         return "its model's sizes or its step are not stated well enough"
     if row["table"] == "format" and row["dtype"] not in _FORMATS:
@@ -54,6 +58,8 @@ def predict_row(row: Any, numbers: Coefficients | None = None) -> tuple[float, f
     """Return (predicted ms, published ms, the prediction) of a row."""
     if row["table"] == "fp32":
         return _eager(row, numbers)
+    if row["table"] == "layer":
+        return _single(row, numbers)
     profile, facts = _model(row["model"], head=row["model"] != "bert_base_squad")
     device, key = find_device(row["device"]), _FORMATS[row["dtype"]]
     bert = row["model"].startswith("bert")
@@ -131,13 +137,42 @@ def _eager(row: Any, numbers: Coefficients | None) -> tuple[float, float, StepTi
     return found.step_ms.value, float(row["total_ms"]), found
 
 
+def _single(row: Any, numbers: Coefficients | None) -> tuple[float, float, StepTime]:
+    """mli's layers: `layer.half()`, attention in plain operations, the backward with dropout."""
+    class_name = _LAYERS[row["model"]]
+    facts = _facts(int(row["hidden"]), 1, int(row["heads"]), 8, decodes="gpt2" in row["model"])
+    profile = _blocks_only(skeleton_profile(facts, class_name))
+    trains = "bwd" in row["direction"]
+    plan = Plan.cast(profile, "fp16", mode="train" if trains else "infer")
+    setup = setup_of(
+        plan, int(row["batch"]), int(row["seq"]), plan.mode, None, policy="bf16", attention="eager", dropout=trains,
+        cache=None,
+    )  # fmt: skip
+    found = predict_step(profile, plan, find_device(row["device"]), setup, facts, numbers=numbers)
+    return found.step_ms.value, float(row["total_ms"]), found
+
+
+def _facts(hidden: int, layers: int, heads: int, vocabulary: int, *, decodes: bool = True) -> ModelFacts:
+    return ModelFacts(
+        model_id="", architecture=Architecture.DECODER if decodes else Architecture.ENCODER, hidden=hidden,
+        layers=layers, heads=heads, kv_heads=heads, head_dim=hidden // heads, ffn=4 * hidden, gated=False,
+        vocab=vocabulary, max_positions=2048, tied=decodes,
+    )  # fmt: skip
+
+
+def _blocks_only(profile: ModelProfile) -> ModelProfile:
+    """Return a profile without what stands before and behind its blocks."""
+    kept = [u for u in profile.units if u.role in (Role.ATTENTION, Role.FFN)]
+    modules = {module for unit in kept for module in unit.modules}
+    # tables stay listed: where positions are learned, queries and keys are not rotated
+    leaves = tuple(leaf for leaf in profile.leaves if leaf.module in modules or leaf.kind is LeafKind.EMBEDDING)
+    return dataclasses.replace(profile, units=tuple(kept), leaves=leaves, tied=())
+
+
 def _model(name: str, *, head: bool) -> tuple[ModelProfile, ModelFacts]:
     if name in _DECODERS:
         hidden, layers, heads, vocabulary, class_name = _DECODERS[name]
-        facts = ModelFacts(
-            model_id=name, architecture=Architecture.DECODER, hidden=hidden, layers=layers, heads=heads, kv_heads=heads,
-            head_dim=hidden // heads, ffn=4 * hidden, gated=False, vocab=vocabulary, max_positions=2048, tied=True,
-        )  # fmt: skip
+        facts = _facts(hidden, layers, heads, vocabulary)
         return skeleton_profile(facts, class_name), facts
     profile, facts = catalogued_profile(_BERTS[name]), catalogued_facts(_BERTS[name])
     if head:
@@ -233,15 +268,8 @@ def exchange_ms(parameters: int, gathered_width: int) -> float:
 
 def _layer() -> tuple[ModelProfile, ModelFacts]:
     """Return one layer of TransformerEngine's example: 4096 wide, 32 heads, FFN of 16384."""
-    facts = ModelFacts(
-        model_id="one layer", architecture=Architecture.DECODER, hidden=4096, layers=1, heads=32, kv_heads=32,
-        head_dim=128, ffn=16384, gated=False, vocab=8, max_positions=2048, tied=False,
-    )  # fmt: skip
-    profile = skeleton_profile(facts, "GPTNeoXForCausalLM")
-    kept = [u for u in profile.units if u.role in (Role.ATTENTION, Role.FFN)]
-    modules = {module for unit in kept for module in unit.modules}
-    leaves = tuple(leaf for leaf in profile.leaves if leaf.module in modules)
-    return dataclasses.replace(profile, units=tuple(kept), leaves=leaves, tied=()), facts
+    facts = _facts(4096, 1, 32, 8)
+    return _blocks_only(skeleton_profile(facts, "GPTNeoXForCausalLM")), facts
 
 
 def _meta_h100() -> DeviceProfile:

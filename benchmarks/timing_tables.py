@@ -124,9 +124,11 @@ def moves(folder: Path) -> pd.DataFrame:
 
 
 def published_steps(folder: Path) -> pd.DataFrame:
-    """Return whole steps: the FP32 eager ones of one GPU, and those by format."""
+    """Return whole steps: the FP32 eager ones of one GPU, those by format, and single layers in FP16."""
     eager = pd.read_csv(folder / "e2e.csv")
     eager = eager[eager.gpus == 1].assign(table="fp32", device=lambda t: t.gpu.map(DEVICES))
     by_format = pd.read_csv(folder / "train_dtype.csv").assign(table="format")
     by_format["device"] = by_format.gpu.map(DEVICES)
-    return pd.concat([eager, by_format[by_format.device.notna()]], ignore_index=True)
+    layers = pd.read_csv(folder / "layers_fp16.csv").rename(columns={"layer": "model", "ms": "total_ms"})
+    layers = layers.assign(table="layer", device=layers.gpu.map(DEVICES))
+    return pd.concat([eager, by_format[by_format.device.notna()], layers], ignore_index=True)

@@ -176,6 +176,7 @@ def test_usage_errors_exit_2(here: Path, arguments: list[str], wanted: str) -> N
         (["search", "demo", "--data", "none.txt"], "none.txt"),
         (["search", "demo", "--device", "nope"], "there is no device 'nope'"),
         (["search", "demo", "--device", "mps"], "there is no device 'mps'"),
+        (["search", "demo", "--device", "cpu-amx-bf16"], "no time can be predicted for cpu-amx-bf16"),
         (["probe", "--device", "nope"], "there is no device 'nope'"),
         (["probe", "demo", "--device", "t4", "--batches", "2"], "'t4' is not here"),
     ],

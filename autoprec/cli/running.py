@@ -51,7 +51,7 @@ def build_workload(
     if here is None:
         raise DeviceError(
             f"'{device}' is not here, and what is run must be run here. Use --device auto, or for a device that is "
-            f"not here: autoprec recommend {model} --device {device}"
+            f"not here: autoprec recommend {model} --device {device}, search with it, or verify with --emulate"
         )
     return workload_from(model, data=Path(data) if data else None, device=str(here), **options)
 

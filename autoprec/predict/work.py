@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from autoprec.predict.kernels import Kernel, Kind, Phase, move
 from autoprec.predict.setup import Loss, Optimizer, StatePolicy
 from autoprec.predict.shape import FP32_BYTES, Place
-from autoprec.predict.workparts import Work, attention, ffn, linear, norm, other
+from autoprec.predict.workattention import attention
+from autoprec.predict.workparts import Work, ffn, linear, norm, other
 from autoprec.records import Leaf, LeafKind, Role, Unit
 
 __all__ = ["rest_kernels", "unit_kernels"]

@@ -59,12 +59,16 @@ def _figures(found: Verification) -> list[list[str]]:
         "drop": (f"drop, {unit}", interval(m.drop, m.drop_ci95) + origin_note(m.origin.drop)),
         "drop %": ("drop, %", percent),
         "gradient": ("gradient error", _gradient(m)),
-        "speedup": ("speedup", interval(m.speedup, m.speedup_ci95, suffix="x")),
-        "step": ("step, ms", interval(m.step_ms, m.step_ms_ci95)),
-        "peak_bytes": ("peak", "-" if m.peak_bytes is None else bytes_text(m.peak_bytes)),
+        "speedup": ("speedup", interval(m.speedup, m.speedup_ci95, suffix="x") + origin_note(m.origin.step_ms)),
+        "step_ms": ("step, ms", interval(m.step_ms, m.step_ms_ci95) + origin_note(m.origin.step_ms)),
+        "peak_bytes": ("peak", _bytes(m.peak_bytes) + origin_note(m.origin.peak_bytes)),
         "metric": ("metric", "" if m.metric is None else number(m.metric)),
     }
     return [[title, value, *_said(checks.get(key))] for key, (title, value) in here.items() if value]
+
+
+def _bytes(size: int | None) -> str:
+    return "-" if size is None else bytes_text(size)
 
 
 def _gradient(m: Measurement) -> str:

@@ -73,6 +73,12 @@ def _device_lines(profile: DeviceProfile) -> list[str]:
         lines.append(f"copy bandwidth: {figure} GB/s{origin_note(copy.origin)}")
     if profile.bandwidth_gb_per_s:
         lines.append(f"memory bandwidth: {number(profile.bandwidth_gb_per_s)} GB/s ({Origin.DATASHEET})")
+    if (hardware := profile.hardware) is not None:
+        counts = [f"{hardware.multiprocessors} multiprocessors"] if hardware.multiprocessors else []
+        counts += [f"{number(hardware.power_watts)} W"] if hardware.power_watts else []
+        matrix = hardware.fp32_matrix_tflops
+        counts += [f"{number(matrix)} TFLOP/s in fp32 on matrix units"] if matrix else []
+        lines += [f"hardware: {', '.join(counts)} ({Origin.DATASHEET})"] if counts else []
     if profile.instructions:
         lines.append(f"instruction sets: {' '.join(profile.instructions)}")
     if profile.fp8_recipes:
