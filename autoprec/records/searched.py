@@ -10,6 +10,7 @@ from typing import ClassVar
 from autoprec.formats import Format
 from autoprec.records.figures import STRICT, Estimate
 from autoprec.records.measured import Measurement, Mode
+from autoprec.records.trained import TrainingConfirmation
 
 __all__ = [
     "Confirmed",
@@ -135,6 +136,7 @@ class SearchResult:
     folder: str | None
     seed: int
     confirmed: tuple[Confirmed, ...] = ()
+    trained: tuple[TrainingConfirmation, ...] = ()  #: in a search for training
     explained: tuple[Explained, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -16,6 +16,7 @@ from autoprec.records import Explained, Measurement, SearchResult
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import RECOMMENDED, Course
 from autoprec.study.explain import explain
+from autoprec.study.finalists import trained_worse
 from autoprec.study.front import pareto_front
 from autoprec.study.outcome import evidence, on_one_clock, outcome_of
 from autoprec.study.verdict import wanted
@@ -41,6 +42,7 @@ def _confirm(course: Course) -> None:
         earlier=[m.batch_drops for m in rows if m.batch_drops],
         plan_of=partial(_plan_of, course),
         has_time=lambda: course.budget.left > 0,
+        also=partial(trained_worse, course),
     )
     course.confirmed, course.unconfirmed = confirmed(
         setting, _noted(course, wanted(front, course.plans.names, course.limit))
@@ -93,6 +95,7 @@ def _finish(course: Course) -> SearchResult:
         folder=str(course.folder.path),
         seed=course.seed,
         confirmed=course.confirmed,
+        trained=tuple(course.trained),
         explained=_explained(course, outcome.best, clock),
         notes=tuple(filter(None, (*course.notes, course.unconfirmed))),
     )

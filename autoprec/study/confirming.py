@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
@@ -40,6 +41,8 @@ class Confirming:
     earlier: Sequence[Sequence[float]]
     plan_of: Callable[[Measurement], Plan]
     has_time: Callable[[], bool]
+    #: why a plan whose drop is within the limit is not to be chosen all the same
+    also: Callable[[str, Plan], str | None] = lambda name, plan: None
 
     def candidate(self, found: Measurement) -> Candidate:
         """Return a measured plan as a candidate."""
@@ -52,7 +55,8 @@ class Confirming:
             again = evaluate(Request(workload=one, plan=plan, name=found.name, drop_only=True))
             return float("nan") if again.drop is None else again.drop
 
-        return Candidate(found.name, drop, Spread.of(self.earlier, found.batch_drops))
+        also = partial(self.also, found.name, plan)
+        return Candidate(found.name, drop, Spread.of(self.earlier, found.batch_drops), also)
 
 
 def confirmed(setting: Confirming, wanted: Iterator[Measurement]) -> tuple[tuple[Confirmed, ...], str | None]:

@@ -27,6 +27,7 @@ from autoprec.records import (
     Measurement,
     Progress,
     SensitivityProfile,
+    TrainingConfirmation,
 )
 from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
@@ -94,6 +95,8 @@ class Course:
     notes: list[str] = field(default_factory=list)
     known: SensitivityProfile | None = None
     confirmed: tuple[Confirmed, ...] = ()
+    #: finalists trained beside FP32
+    trained: list[TrainingConfirmation] = field(default_factory=list)
     #: why nothing was confirmed
     unconfirmed: str | None = None
     evaluations: int = 0
