@@ -124,7 +124,7 @@ def test_help_of_a_command_is_complete(name: str) -> None:
 
 
 #: options that are off unless given
-UNSET = {"metric", "data", "train_steps", "curves"}
+UNSET = {"metric", "data"}
 
 
 def test_help_of_every_command_loads_nothing_heavy() -> None:

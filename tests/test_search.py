@@ -38,11 +38,14 @@ from autoprec.records import (
     Progress,
     SearchResult,
     Support,
+    TrainingConfirmation,
+    TrainingVerdict,
     VerdictDecision,
 )
 from autoprec.runtime.scope import Scope
 from autoprec.study import course
 from autoprec.study.confirming import OutOfTime
+from autoprec.training import confirm_training
 
 FILES = {
     "device.json",
@@ -845,3 +848,47 @@ def test_a_plan_that_failed_stays_out_when_time_ends_in_the_next_try(
     assert [one.name for one in result.confirmed] == [tried[0]]
     assert "the budget ended before a plan was confirmed" in result.notes[-1]
     assert result.chosen is None or result.front[result.chosen].name != tried[0]
+
+
+# finalists trained
+
+
+def test_the_finalist_of_a_search_for_training_is_trained_beside_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster(monkeypatch)
+    work = with_batches(10).with_mode("train")
+    before = state_of(work.model)
+    result = search(work, budget=300, trials=2, max_drop="50%", out=tmp_path / "run")
+    assert_as_found(work.model, before)
+    assert result.chosen is not None
+    (trained,) = result.trained
+    assert [arm.name for arm in trained.arms] == [result.front[result.chosen].name]
+    assert trained.seeds == 3 and 10 <= trained.steps <= 60
+    assert saved(tmp_path / "run").trained == result.trained
+
+
+def test_a_finalist_that_trains_worse_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faster(monkeypatch)
+    tried: list[str] = []
+
+    def worse(work: Workload, plans: dict[str, Plan], **options: Any) -> TrainingConfirmation:
+        found = confirm_training(work, plans, **options | {"steps": 2, "seeds": 2})
+        tried.extend(plans)
+        verdict = TrainingVerdict.WORSE if len(tried) == 1 else TrainingVerdict.NOT_WORSE
+        return dataclasses.replace(found, arms=(dataclasses.replace(found.arms[0], verdict=verdict),))
+
+    monkeypatch.setattr("autoprec.study.finalists.confirm_training", worse)
+    work = with_batches(10).with_mode("train")
+    result = search(work, budget=300, trials=2, max_drop="50%", out=tmp_path / "run")
+    assert result.confirmed[0].name == tried[0] and "trained for 2 steps it is worse" in str(result.confirmed[0].reason)
+    assert result.chosen is None or result.front[result.chosen].name != tried[0]
+    assert [confirmation.arms[0].name for confirmation in result.trained] == tried
+
+
+def test_a_budget_too_short_to_train_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faster(monkeypatch)
+    monkeypatch.setattr("autoprec.study.finalists._FEWEST", 10**9)
+    work = with_batches(10).with_mode("train")
+    result = search(work, budget=300, trials=1, max_drop="50%", out=tmp_path / "run")
+    assert result.trained == () and any("was not trained: the budget's rest" in note for note in result.notes)

@@ -29,14 +29,16 @@ __all__ = ["command"]
 @workload_options
 @device_option
 @click.option("--emulate", is_flag=True, help="Formats that are not here by their rounding, without their speed.")
-@click.option("--train-steps", metavar="N", type=click.IntRange(min=1), help="Also train it beside FP32 for N steps.")
 @click.option(
-    "--seeds", metavar="K", type=click.IntRange(min=2), default=8, show_default=True, help="Runs of each in that."
+    "--train-steps", metavar="N", type=click.IntRange(min=1), show_default="not trained", help="Train it beside FP32."
 )
 @click.option(
-    "--learning-rate", metavar="X", type=float, default=1e-4, show_default=True, help="Of AdamW, constant, in that."
+    "--seeds", metavar="K", type=click.IntRange(min=2), default=8, show_default=True, help="Runs of each then."
 )
-@click.option("--curves", metavar="F", type=click.Path(dir_okay=False), help="Write the loss curves there, as JSON.")
+@click.option("--learning-rate", metavar="X", type=float, default=1e-4, show_default=True, help="Of AdamW, then.")
+@click.option(
+    "--curves", metavar="F", type=click.Path(dir_okay=False), show_default="not kept", help="The loss curves, as JSON."
+)
 @json_option
 def command(
     plan: str,

@@ -10,6 +10,7 @@ from typing import ClassVar
 from autoprec.formats import Format
 from autoprec.records.figures import STRICT, Estimate
 from autoprec.records.measured import Measurement, Mode
+from autoprec.records.trained import TrainingConfirmation
 
 __all__ = [
     "Confirmed",
@@ -152,6 +153,7 @@ class SearchResult:
     folder: str | None
     seed: int
     confirmed: tuple[Confirmed, ...] = ()
+    trained: tuple[TrainingConfirmation, ...] = ()  #: in a search for training
     explained: tuple[Explained, ...] = ()
     #: of FP32, the best uniform plan and those of the front, where it can be told
     largest_batches: tuple[LargestBatch, ...] = ()

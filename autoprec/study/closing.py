@@ -17,6 +17,7 @@ from autoprec.study.away import sizes
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import RECOMMENDED, Course
 from autoprec.study.explain import explain
+from autoprec.study.finalists import trained_worse
 from autoprec.study.front import pareto_front
 from autoprec.study.larger import largest_batches
 from autoprec.study.outcome import Outcome, evidence, on_one_clock, outcome_of
@@ -44,6 +45,7 @@ def _confirm(course: Course) -> None:
         plan_of=partial(_plan_of, course),
         has_time=lambda: course.budget.left > 0,
         forecast=course.forecast,
+        also=partial(trained_worse, course),
     )
     course.confirmed, course.unconfirmed = confirmed(
         setting, _noted(course, wanted(front, course.plans.names, course.limit))
@@ -96,6 +98,7 @@ def _finish(course: Course) -> SearchResult:
         folder=str(course.folder.path),
         seed=course.seed,
         confirmed=course.confirmed,
+        trained=tuple(course.trained),
         explained=_explained(course, outcome.best, clock),
         largest_batches=_largest_batches(course, outcome),
         notes=tuple(filter(None, (*course.notes, course.unconfirmed))),

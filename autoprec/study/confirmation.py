@@ -30,11 +30,15 @@ def spending(k: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan to confirm: `drop` measures it on batch 0, 1, ...; `spread` is best learnt with its own earlier drops."""
+    """A plan to confirm: `drop` measures it on batch 0, 1, ...; `spread` is best learnt with its own earlier drops.
+
+    `also` is asked once the drop is within the limit: why the plan is not to be chosen all the same, or None.
+    """
 
     name: str
     drop: Callable[[int], float]
     spread: Spread = Spread()
+    also: Callable[[], str | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,8 @@ def _try(candidate: Candidate, limit: float, level: float, weights: Sequence[flo
     bounds = drop_bounds(
         drops.tolist(), level=level, weights=weigh.tolist(), spread=spread, planned=planned, floor=FLOOR * limit
     )
+    if answer is Answer.WITHIN and candidate.also is not None and (reason := candidate.also()):
+        return Try(name, Answer.ABOVE, bounds, len(drops), level, reason)
     return Try(name, answer, bounds, len(drops), level, _reason(answer, bounds, limit, len(drops)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
@@ -43,6 +44,8 @@ class Confirming:
     has_time: Callable[[], bool]
     #: of a device that is not here
     forecast: Forecast | None = None
+    #: why a plan whose drop is within the limit is not to be chosen all the same
+    also: Callable[[str, Plan], str | None] = lambda name, plan: None
 
     def candidate(self, found: Measurement) -> Candidate:
         """Return a measured plan as a candidate."""
@@ -55,7 +58,8 @@ class Confirming:
             again = evaluate(self._request(one, plan, found.name))
             return float("nan") if again.drop is None else again.drop
 
-        return Candidate(found.name, drop, Spread.of(self.earlier, found.batch_drops))
+        also = partial(self.also, found.name, plan)
+        return Candidate(found.name, drop, Spread.of(self.earlier, found.batch_drops), also)
 
     def _request(self, workload: Workload, plan: Plan, name: str) -> Request:
         away = self.forecast is not None

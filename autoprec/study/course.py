@@ -29,6 +29,7 @@ from autoprec.records import (
     Progress,
     SensitivityProfile,
     SpeedProfile,
+    TrainingConfirmation,
 )
 from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
@@ -99,6 +100,8 @@ class Course:
     known: SensitivityProfile | None = None
     speed: SpeedProfile | None = None
     confirmed: tuple[Confirmed, ...] = ()
+    #: finalists trained beside FP32
+    trained: list[TrainingConfirmation] = field(default_factory=list)
     #: why nothing was confirmed
     unconfirmed: str | None = None
     evaluations: int = 0

@@ -42,6 +42,8 @@ __all__ = ["search"]
 
 #: forwards that comparing a batch takes: the reference's, the plan's, and half a one to put it on and compare
 _BOTH_SIDES = 2.5
+#: of the budget, to train a finalist beside FP32
+_TRAINING_SHARE = 0.15
 
 
 def search(
@@ -149,8 +151,7 @@ def _prepare(
         unseen=unseen,
         forward_seconds=forward,
         scale=look.scale,
-        # the plan wanted most and one more; of each batch both sides, and what is around them
-        confirm_seconds=2 * _BOTH_SIDES * forward * len(unseen.batches) if unseen else 0.0,
+        confirm_seconds=_confirm_seconds(workload.mode, forward, len(unseen.batches), budget) if unseen else 0.0,
         budget=budget,
         limit=limit,
         space=built,
@@ -172,6 +173,12 @@ def _assumptions(forecast: Forecast, here: torch.device) -> list[str]:
         "lists, times and memory are predicted for eager steps"
     ]
     return [*found, *forecast.reference.doubts]
+
+
+def _confirm_seconds(mode: Mode, forward: float, batches: int, budget: Budget) -> float:
+    """Return what is kept back: for two plans on unseen batches, and in train mode to train one beside FP32."""
+    training = _TRAINING_SHARE * budget.seconds if mode is Mode.TRAIN else 0.0
+    return 2 * _BOTH_SIDES * forward * batches + training
 
 
 def _runnable(profile: DeviceProfile, here: torch.device) -> DeviceProfile:

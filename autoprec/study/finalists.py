@@ -1,0 +1,46 @@
+"""The finalist of a search for training, trained for some steps beside FP32, within the budget."""
+
+from __future__ import annotations
+
+from autoprec.plan import Plan
+from autoprec.records import Mode, TrainingConfirmation, TrainingVerdict
+from autoprec.study.course import Course
+from autoprec.training import confirm_training
+
+__all__ = ["trained_worse"]
+
+SEEDS = 3
+#: below that a loss has hardly moved, above that `autoprec verify --train-steps` is the place
+_FEWEST, _MOST = 10, 60
+#: forwards a step takes, optimizer and noise of the machine included
+_STEP = 4.0
+
+
+def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
+    """Train a plan beside FP32 as long as the budget allows; return why it is not to be chosen, None where it may be.
+
+    A verdict of `undecided` does not stand against a plan: so few steps and seeds can show harm, not its absence.
+    """
+    if course.workload.mode is not Mode.TRAIN:
+        return None
+    unseen = course.unseen.batches if course.unseen is not None else ()
+    workload = course.workload.with_batches([*course.workload.batches, *unseen])
+    # both sides, and a forward of each batch held out after each run
+    held_out = course.forward_seconds * max(1, len(workload.batches) // 4)
+    each = course.budget.left / (2 * SEEDS) - held_out
+    steps = min(_MOST, int(each / (_STEP * course.forward_seconds)))
+    if steps < _FEWEST:
+        course.notes.append(
+            f"{name} was not trained: the budget's rest is too short. Train it: autoprec verify … --train-steps 200"
+        )
+        return None
+    course.news("confirmation", f"training {name} beside FP32, {steps} steps, {SEEDS} seeds", course.budget.left)
+    found = confirm_training(workload, {name: plan}, steps=steps, seeds=SEEDS, emulate=course.forecast is not None)
+    course.trained.append(found)
+    course.news("confirmation", f"{name}: {_sentence(found)}")
+    return _sentence(found) if found.arms[0].verdict is TrainingVerdict.WORSE else None
+
+
+def _sentence(found: TrainingConfirmation) -> str:
+    arm = found.arms[0]
+    return f"trained for {found.steps} steps it is {arm.verdict}: {arm.reason}"
