@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, write_result
+from record import ROOT, ratio_row, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autoprec import Plan, applied
@@ -90,10 +90,9 @@ def main() -> None:
     figures: dict[str, Any] = {"model": asked.model, "tokens": asked.tokens, "rounds": asked.rounds}
     base = seconds["plan, weights in bf16"]
     for name in names:
-        median, interval = median_ci95(a / b for a, b in zip(seconds[name], base, strict=True))
+        ratios = ratio_row(a / b for a, b in zip(seconds[name], base, strict=True))
         figures[f"{name} / plan, weights in bf16"] = {
-            "median": round(median, 4),
-            "ci95": [round(x, 4) for x in interval or ()],
+            **ratios,
             "ms a token": round(1e3 * median_ci95(seconds[name])[0] / asked.tokens, 2),
             "tokens as in fp32": sum(a == b for a, b in zip(made[name], made["fp32"], strict=True)),
         }

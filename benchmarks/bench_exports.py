@@ -21,10 +21,9 @@ os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29712", "RANK": "0", 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
-from record import ROOT, write_result
+from record import ROOT, ratio_row, write_result
 
 import autoprec
-from autoprec.probe.compare import median_ci95
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -145,8 +144,7 @@ def ratio(other: Chunk, base: Chunk, pairs: int, steps: int) -> dict[str, Any]:
         first, second = (base, other) if index % 2 else (other, base)
         one, two = first(steps), second(steps)
         ratios.append(two / one if index % 2 else one / two)
-    median, interval = median_ci95(ratios)
-    return {"median": round(median, 4), "ci95": [round(x, 4) for x in interval or ()], "pairs": pairs}
+    return ratio_row(ratios) | {"pairs": pairs}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from record import ROOT, write_result
+from record import ROOT, ratio_row, write_result
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,8 +172,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
         ("plan / by hand", seconds["plan"], both),
         ("A/A: by hand / by hand", seconds["by hand again"], seconds["by hand"]),
     ):
-        median, interval = median_ci95(a / b for a, b in zip(one, other, strict=True))
-        result[name] = {"median": round(median, 4), "ci95": [round(x, 4) for x in interval or ()]}
+        result[name] = ratio_row(a / b for a, b in zip(one, other, strict=True))
     low = result["plan / by hand"]["ci95"]
     result[f"lower end at most {BAR}, as a plan may cost on smollm2"] = bool(low) and low[0] <= BAR
     result["step by hand, ms (median; this machine, this hour)"] = round(1e3 * median_ci95(both)[0], 2)

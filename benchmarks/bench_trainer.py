@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, write_result
+from record import ROOT, ratio_row, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from autoprec import Plan
@@ -126,8 +126,7 @@ def figures(seconds: dict[str, list[float]]) -> dict[str, Any]:
         ("watched / plan", seconds["watched"], seconds["plan"]),
         ("A/A: bf16=True / bf16=True", seconds["own again"], seconds["own"]),
     ):
-        median, interval = median_ci95(a / b for a, b in zip(one, other, strict=True))
-        result[name] = {"median": round(median, 4), "ci95": [round(x, 4) for x in interval or ()]}
+        result[name] = ratio_row(a / b for a, b in zip(one, other, strict=True))
     result["bf16=True step, ms (median; this machine, this hour)"] = round(1e3 * median_ci95(both)[0], 1)
     return result
 

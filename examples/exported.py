@@ -83,6 +83,18 @@ def demo(options: argparse.Namespace) -> Demo:
     return Demo(model, plan, path, options)
 
 
+def train_part(made: Demo, program: Any, model: Any, device: torch.device) -> list[float]:
+    """Train on this process's part of each batch, print its losses, audit, and leave the processes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    batches = [{k: v[rank::world].to(device) for k, v in batch.items()} for batch in made.batches()]
+    losses: list[float] = program.train(model, batches, optimizer)
+    print(f"process {rank}: {losses_line(losses)}")
+    made.audit(model)
+    program.finish()
+    return losses
+
+
 def print_audit(report: Any, plan: autoprec.Plan) -> None:
     """Print how many units of a plan ran in their format, every product forward and backward."""
     ran: dict[str, set[str]] = {}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from exported import demo, losses_line, parser
+from exported import demo, parser, train_part
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
@@ -20,14 +19,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     program = made.program("fsdp2")
     device = program.start()
     model = program.wrap(made.model, device, low_gather=made.options.low_gather)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    batches = [{k: v[rank::world].to(device) for k, v in batch.items()} for batch in made.batches()]
-    losses: list[float] = program.train(model, batches, optimizer)
-    print(f"process {rank}: {losses_line(losses)}")
-    made.audit(model)
-    program.finish()
-    return losses
+    return train_part(made, program, model, device)
 
 
 if __name__ == "__main__":

@@ -31,3 +31,19 @@ def seed() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let searches measure shortly, on a device whose profile is the same everywhere."""
+    from searching import sample_device, short
+
+    from autoprec.measurement import evaluate
+    from autoprec.study import course
+
+    monkeypatch.setattr("autoprec.study.run.probe_device", sample_device)
+    monkeypatch.setattr(course, "evaluate", lambda request: evaluate(short(request)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads wait for each other where another process has a core
+    yield
+    torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from autoprec.formats import Format
 from autoprec.probe.arrival import Part, Run, arrival
 from autoprec.probe.breakeven import break_even
 from autoprec.probe.calls import Call, record_calls
-from autoprec.probe.clock import Clock
 from autoprec.probe.payoff import SETTLED, misfit, why_not
 from autoprec.probe.shapecache import KeptRatio, ShapeCache
 from autoprec.probe.sites import Site, find_sites
@@ -224,13 +222,13 @@ def test_the_batch_from_which_on_a_format_pays(rows: int, expected: tuple[int, b
     layer = torch.nn.Linear(3, 2)
     site = Site("u", "u", layer, True, {})
     call = Call(site, (torch.ones(rows, 3),), {}, 1, "s")
-    found = break_even(call, Format.BF16, Clocked, lambda f: f, Clock(time.monotonic()), 1e-4, training=False)  # type: ignore[arg-type, return-value]
+    found = break_even(call, Format.BF16, Clocked, lambda f: f, lambda: True, 1e-4, training=False)  # type: ignore[arg-type, return-value]
     assert found == expected
 
 
 def test_a_lookup_has_no_such_batch() -> None:
     call = Call(Site("u", "u", torch.nn.Embedding(9, 2), True, {}), (torch.ones(2, 3).long(),), {}, 1, "s")
-    assert break_even(call, Format.BF16, Clocked, lambda f: f, Clock(time.monotonic()), 1e-4, training=False) is None  # type: ignore[arg-type, return-value]
+    assert break_even(call, Format.BF16, Clocked, lambda f: f, lambda: True, 1e-4, training=False) is None  # type: ignore[arg-type, return-value]
 
 
 # reasons

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map
 
 from autoprec.formats import Format
 from autoprec.probe.calls import Call
-from autoprec.probe.clock import Clock
 from autoprec.probe.pacing import SAME
 from autoprec.probe.replay import floats
 from autoprec.probe.timers import Work
@@ -31,7 +30,7 @@ def break_even(
     choice: Format,
     make: Callable[[Callable[[], Any], Callable[[], AbstractContextManager[Any]]], Work],
     around: Callable[[Format], Callable[[], AbstractContextManager[Any]]],
-    clock: Clock,
+    has_time: Callable[[], bool],
     fp32_seconds: float,
     *,
     training: bool,
@@ -50,7 +49,7 @@ def break_even(
     if not floats((call.args, call.kwargs)):  # a lookup multiplies nothing, at any size
         return None
     for times in _TIMES:
-        if clock.elapsed > clock.allowed or times * fp32_seconds > _LONG_SECONDS:
+        if not has_time() or times * fp32_seconds > _LONG_SECONDS:
             break
         longer = _repeated(call, times)
         run = longer.both if training else longer.forward

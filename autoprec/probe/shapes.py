@@ -127,11 +127,15 @@ def time_shapes(
     device: torch.device,
     notes: list[str],
     clock: Clock,
+    share: float,
     cache: ShapeCache | None,
     *,
     training: bool,
 ) -> dict[str, Shape]:
-    """Time one call of each shape: all of them some rounds, then those that leave most in doubt while there is time."""
+    """Time one call of each shape: all of them some rounds, then those that leave most in doubt while there is time.
+
+    `share` of the time allowed is for that.
+    """
     shapes: dict[str, Shape] = {}
     for call in calls:
         known = cache.ratios.get(call.shape, {}) if cache else {}
@@ -150,16 +154,18 @@ def time_shapes(
         for number in range(1, _FIRST_ROUNDS):
             shape.round(number % 2 == 1)
     step = sum(s.count * statistics.median(s.total[Format.FP32]) for s in shapes.values())
-    while clock.elapsed < _ROUNDS_SHARE * clock.allowed and sum(s.doubt() for s in shapes.values()) > _ENOUGH * step:
+    while clock.fits(0.0, _ROUNDS_SHARE * share) and sum(s.doubt() for s in shapes.values()) > _ENOUGH * step:
         most = max(shapes.values(), key=Shape.doubt)
         most.round(len(most.total[Format.FP32]) % 2 == 1)
-    clock.allowed = max(clock.allowed, clock.elapsed + (1 - _ROUNDS_SHARE) * clock.allowed)
+    until = max(share, clock.elapsed / clock.allowed + (1 - _ROUNDS_SHARE) * share)
     for shape in shapes.values():
         for choice in shape.works:
             if choice is not Format.FP32 and not pays(r := shape.ratio(choice)) and r.low <= SETTLED:
                 ways = _ways(shape.call, modules, ambient)
                 wide = statistics.median(shape.total[Format.FP32])
-                found = break_even(shape.call, choice, make, ways, clock, wide, training=training)
+                found = break_even(
+                    shape.call, choice, make, ways, partial(clock.fits, 0.0, until), wide, training=training
+                )
                 shape.even |= {choice: found} if found else {}
     if cache and (fault := cache.keep({name: shape.found() for name, shape in shapes.items()})):
         notes.append(fault)

@@ -77,7 +77,7 @@ def probe_speed(
 
 
 def _probe(workload: Workload, formats: tuple[Format, ...], clock: Clock, cache: bool, tell: News) -> SpeedProfile:
-    model, device, seconds = workload.model, device_of(workload.model), clock.allowed
+    model, device = workload.model, device_of(workload.model)
     profile, modules = probe_units(model, model_id=workload.model_id), canonical_modules(model)
     missing = fp8_missing(device)
     notes = [f"fp8 is not timed: {missing}"] if missing and Format.FP8 in formats else []
@@ -89,12 +89,12 @@ def _probe(workload: Workload, formats: tuple[Format, ...], clock: Clock, cache:
         sites = find_sites(profile, modules, low, ambient, emulated=False)
         with torch.set_grad_enabled(training):
             calls = record_calls(workload, workload.batches[0], sites, profile, modules, gradients=training)
-            clock.allowed = _SHAPES_SHARE * seconds
             kept = ShapeCache.of(device, workload.mode, ambient) if cache else None
-            shapes = time_shapes(calls, low, modules, ambient, device, notes, clock, kept, training=training)
+            shapes = time_shapes(
+                calls, low, modules, ambient, device, notes, clock, _SHAPES_SHARE, kept, training=training
+            )
         times = tuple(unit_times(profile, calls, shapes, low, device, tokens, training=training))
         tell(Progress(stage="speed", message=f"{len(shapes)} shapes timed", elapsed_seconds=clock.elapsed))
-        clock.allowed = seconds
         steps = time_steps(workload, profile, times, ambient, clock)
         tell(Progress(stage="speed", message="whole steps timed", elapsed_seconds=clock.elapsed))
     alone: dict[Part, Estimate] = {

@@ -185,6 +185,13 @@ class Workload:
         """Return the count of attended tokens of a batch, or of examples where it holds no token ids."""
         return batch_tokens(batch)
 
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """Examples of the first batch, and attended tokens an example, 1 or more; what a step is predicted for."""
+        batch = self.batches[0]
+        rows = next((max(1, value.shape[0]) for _, value in batch_tensors(batch) if value.dim()), 1)
+        return rows, max(1, self.tokens(batch) // rows)
+
     def with_batches(self, batches: Iterable[Batch]) -> Workload:
         """Return the same workload on other batches."""
         other = copy.copy(self)

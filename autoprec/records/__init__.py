@@ -9,6 +9,7 @@ from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
 from autoprec.records.memory import BatchFit, MemoryBreakdown, MemoryParts, Moment, Remedy, UnitMemory
 from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
+from autoprec.records.planned import Evidence, GradScalerSettings, PlanDevice, PlanDiff, PlanModel, PlanUnit
 from autoprec.records.searched import (
     Confirmed,
     Explained,
@@ -40,10 +41,12 @@ __all__ = [
     "DeviceProfile",
     "Direction",
     "Estimate",
+    "Evidence",
     "Explained",
     "Figure",
     "FormatSupport",
     "GemmRate",
+    "GradScalerSettings",
     "Hardware",
     "KernelRow",
     "LargestBatch",
@@ -61,6 +64,10 @@ __all__ = [
     "OpKind",
     "Origin",
     "Pinned",
+    "PlanDevice",
+    "PlanDiff",
+    "PlanModel",
+    "PlanUnit",
     "Progress",
     "Remedy",
     "Removal",

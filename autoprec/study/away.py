@@ -15,7 +15,7 @@ from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
 from autoprec.records import DeviceProfile, ModelProfile
 
-__all__ = ["absent_device", "away", "forecast_of", "sizes"]
+__all__ = ["absent_device", "away", "forecast_of"]
 
 
 def away(workload: Workload, plan: Plan, device: str) -> tuple[Plan, Forecast | None]:
@@ -56,7 +56,7 @@ def forecast_of(workload: Workload, profile: ModelProfile, device: DeviceProfile
     Raises:
         DeviceError: nothing can be predicted for the device.
     """
-    rows, length = sizes(workload)
+    rows, length = workload.batch_shape
     forecast = Forecast(
         device=device,
         profile=profile,
@@ -67,12 +67,3 @@ def forecast_of(workload: Workload, profile: ModelProfile, device: DeviceProfile
     )
     forecast.reference  # noqa: B018
     return forecast
-
-
-def sizes(workload: Workload) -> tuple[int, int]:
-    """Return batch size and sequence length of a workload's first batch."""
-    batch = workload.batches[0]
-    tokens = max(1, workload.tokens(batch))
-    first = next((v for v in batch.values() if hasattr(v, "shape")), None) if isinstance(batch, dict) else None
-    rows = int(first.shape[0]) if first is not None and first.dim() > 0 else 1
-    return rows, max(1, tokens // rows)

@@ -13,7 +13,6 @@ from autoprec.files import as_json
 from autoprec.plan import Plan
 from autoprec.quantities import duration_text
 from autoprec.records import Explained, LargestBatch, Measurement, SearchResult
-from autoprec.study.away import sizes
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import RECOMMENDED, Course
 from autoprec.study.explain import explain
@@ -139,7 +138,7 @@ def _largest_batches(course: Course, outcome: Outcome) -> tuple[LargestBatch, ..
     uniform = outcome.verdict.best_uniform
     kept = [m for m in outcome.baselines if m.name in (REFERENCE, uniform)]
     plans = {m.name: (m, _plan_of(course, m)) for m in (*kept, *outcome.front)}
-    rows, length = sizes(course.workload)
+    rows, length = course.workload.batch_shape
     return tuple(largest_batches(course.workload, course.space, course.device, plans, rows, length))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from autoprec.errors import MeasurementError, StudyError
 from autoprec.files import as_json, from_json, read_json
@@ -18,6 +19,8 @@ from autoprec.study.folder import RunFolder
 from autoprec.study.space import SearchSpace
 
 __all__ = ["drop_priors", "forecast_priors", "sensitivity_of", "speed_of", "time_priors"]
+
+T = TypeVar("T")
 
 #: what the probe may take: no more than this share of the budget, nor than so many passes over all batches beside what
 #: it needs to begin with (a probe by itself takes four, and a search has more use for each)
@@ -41,15 +44,12 @@ def sensitivity_of(
 
     `sensitivity.json` is written by then. `forward_seconds` is what a forward of one batch takes.
     """
-    formats = tuple(dict.fromkeys(f for d in space.decisions for f in d.formats if f is not Format.FP32))
+    formats = _low_formats(space)
     if not formats:
         return None, None
-    path = folder.path / "sensitivity.json"
-    if path.exists():
-        data = read_json(path, what="sensitivity profile", error=StudyError)
-        known = from_json(SensitivityProfile, data, what=f"sensitivity profile {path}", error=StudyError)
-        if known.data_digest == workload.data_digest() and set(formats) <= set(known.formats):
-            return known, None
+    known = _kept(SensitivityProfile, folder, "sensitivity")
+    if known and known.data_digest == workload.data_digest() and set(formats) <= set(known.formats):
+        return known, None
     sweep = len(workload.batches) * forward_seconds * pass_forwards(len(formats))
     seconds = min(_SHARE * budget.seconds, _BEGIN_SECONDS + _SWEEPS * sweep)
     try:
@@ -58,6 +58,20 @@ def sensitivity_of(
         return None, f"no sensitivity was probed: {error}"
     folder.write("sensitivity.json", as_json(found))
     return found, None
+
+
+def _low_formats(space: SearchSpace) -> tuple[Format, ...]:
+    """Return the formats beside FP32 that any decision may take."""
+    return tuple(dict.fromkeys(f for d in space.decisions for f in d.formats if f is not Format.FP32))
+
+
+def _kept(kind: type[T], folder: RunFolder, name: str) -> T | None:
+    """Return what an earlier run of the folder found out, or None."""
+    path = folder.path / f"{name}.json"
+    if not path.exists():
+        return None
+    data = read_json(path, what=f"{name} profile", error=StudyError)
+    return from_json(kind, data, what=f"{name} profile {path}", error=StudyError)
 
 
 def drop_priors(space: SearchSpace, known: SensitivityProfile | None) -> dict[str, dict[str, Estimate]] | None:
@@ -93,15 +107,12 @@ def speed_of(
 
     `speed.json` is written by then. `forward_seconds` is what a forward of one batch takes.
     """
-    formats = tuple(dict.fromkeys(f for d in space.decisions for f in d.formats if f is not Format.FP32))
+    formats = _low_formats(space)
     if not formats:
         return None, None
-    path = folder.path / "speed.json"
-    if path.exists():
-        data = read_json(path, what="speed profile", error=StudyError)
-        known = from_json(SpeedProfile, data, what=f"speed profile {path}", error=StudyError)
-        if known.fingerprint == space.profile.fingerprint and known.mode is workload.mode:
-            return known, None
+    known = _kept(SpeedProfile, folder, "speed")
+    if known and known.fingerprint == space.profile.fingerprint and known.mode is workload.mode:
+        return known, None
     try:
         step = forward_seconds * (_BACKWARD if workload.mode is Mode.TRAIN else 1.0)
         seconds = min(_SPEED_SHARE * budget.seconds, _SPEED_STEPS * step)

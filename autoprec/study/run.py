@@ -29,7 +29,7 @@ from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.recommender.recommender import recommend_plan
 from autoprec.records import DeviceProfile, FormatSupport, Mode, Progress, SearchResult, Support
 from autoprec.runtime.fp8 import fp8_missing
-from autoprec.study.away import absent_device, forecast_of, sizes
+from autoprec.study.away import absent_device, forecast_of
 from autoprec.study.baselines import baselines
 from autoprec.study.budget import Budget, first_look
 from autoprec.study.closing import carry_out
@@ -128,7 +128,7 @@ def _prepare(
         device = _runnable(probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds))), here)
     profile = probe_units(workload.model, model_id=workload.model_id)
     built = build_space(space, profile, device)
-    rows, length = sizes(workload)
+    rows, length = workload.batch_shape
     forecast = None if away is None else forecast_of(workload, profile, away)
     plans = Candidates(
         baselines=tuple(baselines(built.profile, device, workload.mode)),
