@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, ratio_row, write_result
+from ratios import ratio_row
+from record import ROOT, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autoprec import Plan, applied

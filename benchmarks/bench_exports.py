@@ -21,7 +21,8 @@ os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29712", "RANK": "0", 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
-from record import ROOT, ratio_row, write_result
+from ratios import ratio_row
+from record import ROOT, write_result
 
 import autoprec
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from record import ROOT, ratio_row, write_result
+from ratios import ratio_row
+from record import ROOT, write_result
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode

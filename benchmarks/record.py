@@ -8,12 +8,9 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from autoprec.probe.compare import median_ci95
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,12 +31,6 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path
-
-
-def ratio_row(ratios: Iterable[float]) -> dict[str, Any]:
-    """Return the median of ratios of paired times, with its 95 % interval (empty for too few)."""
-    median, interval = median_ci95(ratios)
-    return {"median": round(median, 4), "ci95": [round(x, 4) for x in interval or ()]}
 
 
 def commit() -> str:
