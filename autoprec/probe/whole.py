@@ -23,6 +23,9 @@ __all__ = ["WholeSteps", "time_steps"]
 
 #: shapes that have steps of their own, those that save or cost most; and from which share of all units' time on
 _SHAPES, _MATTERS = 6, 0.02
+#: seconds of a step from which on the first one under a plan is as good as the next: what attaching costs it is lost
+#: there, and each step is dear (in steps of 10 ms, FP32 units in an ambient format took 8-16 % more; the next, 1-3 %)
+_LONG_S = 0.2
 #: rounds that are made in any case (of no fewer assignments), and at most
 _FEWEST, _MOST = 2, 40
 
@@ -76,7 +79,7 @@ def time_steps(
         order = list(range(len(found.assignments)))
         before, seconds = _step(stepper, batch, None), dict[int, float]()
         for index in order if number % 2 == 0 else reversed(order):
-            seconds[index] = _step(stepper, batch, plans[index])
+            seconds[index] = _step(stepper, batch, plans[index], warm=each < _LONG_S)
         reference = (before + _step(stepper, batch, None)) / 2  # all of a round are told by it
         found.reference_s.append(reference)
         for index, ratios in enumerate(found.ratios):
@@ -107,8 +110,10 @@ def _assignments(times: Sequence[UnitTime]) -> Iterator[_Assignment]:
             yield {row.unit: choice for row in groups[shape, choice]}
 
 
-def _step(stepper: Stepper, batch: Batch, plan: Plan | None) -> float:
-    """Return the seconds of one step under a plan, with its loss scale, or of the reference."""
+def _step(stepper: Stepper, batch: Batch, plan: Plan | None, *, warm: bool = False) -> float:
+    """Return the seconds of one step under a plan, with its loss scale, or of the reference; `warm`: of the second."""
     own = stepper.scaled(plan.grad_scaler) if plan and plan.grad_scaler else stepper
     with applied(stepper.workload.model, plan) if plan else contextlib.nullcontext():
+        if warm:
+            own.run(batch)
         return timed(stepper.device, partial(own.run, batch))[0]
