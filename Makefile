@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BUDGET ?= 2m
 PYTEST_ARGS ?= -q
+# tests side by side, one thread each
+WORKERS ?= 2
 BENCHMARKS ?= $(wildcard benchmarks/bench_*.py)
 
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast real nightly gpu bench bench-predict bench-search bench-sensitivity models catalogue clean
+.PHONY: help demo test lint types docs fast real nightly gpu bench bench-predict bench-search bench-sensitivity models catalogue clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-18s", $$2; $$1 = $$2 = ""; print $$0}'
@@ -20,8 +22,8 @@ help: ## list the targets
 demo: $(DEMO_READY) ## search the shipped demo model for $(BUDGET) and print the front
 	$(BIN)/autoprec search demo --budget $(BUDGET)
 
-test: lint types ## lint, types and all tests but real, nightly and gpu
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: lint types docs ## lint, types, docs and all tests but real, nightly and gpu
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -n $(WORKERS) --dist worksteal
 
 lint: $(TEST_READY) ## ruff, check and format
 	$(BIN)/python -m ruff check .
@@ -29,6 +31,9 @@ lint: $(TEST_READY) ## ruff, check and format
 
 types: $(TEST_READY) ## mypy, strict
 	$(BIN)/python -m mypy
+
+docs: $(TEST_READY) ## the documentation as pages, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 fast: $(TEST_READY) ## the tests that take seconds
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not real and not nightly and not gpu"

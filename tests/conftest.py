@@ -10,6 +10,8 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")  # what tests find out is not the user's
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")
+# of tests side by side, two threads would wait for the others'; commands they start read the variable
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ settings.register_profile("local", deadline=None, suppress_health_check=[HealthC
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,8 @@ class PrecisionMixin(_Behind):  # type: ignore[misc]
     """Goes before a Trainer class: `class MyTrainer(PrecisionMixin, SFTTrainer): ...`.
 
     Args:
-        args, kwargs: those of the Trainer.
+        *args: those of the Trainer.
+        **kwargs: those of the Trainer.
         plan: a Plan or the path of a plan.json; None: what `AutoPrecisionArguments` say.
         emulate: as in `autoprec.apply`.
         precision: a `PrecisionCallback` with a plan and a watch of its own, in place of `plan` and `emulate`.

@@ -52,11 +52,17 @@ def largest_batch(
     """Return the largest micro-batch that fits a device, with the accumulation that keeps the effective batch.
 
     Args:
+        model_or_id: as in `memory_bytes`.
+        plan_or_format: a plan, or the format of every unit.
+        seq_len: tokens a sequence.
         device: a catalogued name, a profile, or its memory in bytes.
         effective_batch: sequences an optimizer step over all devices; None takes the largest micro-batch as it is.
         reserve: share of the device's memory that stays free.
         step_seconds: the seconds of one forward and backward with a micro-batch of so many sequences; for tokens/s.
-        facts, choices, mode, optimizer: as in `memory_bytes`.
+        facts: as in `memory_bytes`.
+        **choices: as in `memory_bytes`.
+        mode: as in `memory_bytes`.
+        optimizer: as in `memory_bytes`.
 
     Returns:
         Where not even one sequence fits: by how much, and which changes would make it fit.

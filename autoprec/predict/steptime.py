@@ -145,7 +145,23 @@ def step_time(
     attention: str = "sdpa",
     **choices: Any,
 ) -> StepTime:
-    """Return the time of a step with its parts; arguments and errors as in `step_ms`."""
+    """Return the time of a step in ms with its parts: where it goes, and what of it is sure.
+
+    Args:
+        model_or_id: as in `step_ms`, as are all others.
+        device: a catalogued name, or a profile.
+        plan_or_format: a plan, or the format of every unit.
+        batch_size: sequences a step.
+        seq_len: tokens a sequence.
+        mode: with the backward and the optimizer's step, or the forward alone.
+        optimizer: None leaves its step out.
+        compile: by `torch.compile`, with pointwise work fused.
+        attention: the kernel.
+        **choices: as in `memory_bytes`.
+
+    Raises:
+        UsageError, ModelError, PlanError, DeviceError: as in `step_ms`.
+    """
     profile, facts = describe(model_or_id)
     known = device if isinstance(device, DeviceProfile) else find_device(device)
     plan = _plan_of(profile, plan_or_format, known, choice_of(Mode, mode, "mode"))

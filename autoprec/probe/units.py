@@ -37,6 +37,10 @@ def probe_units(model: nn.Module, *, model_id: str | None = None) -> ModelProfil
     that own nothing and only compute (activations, containers) are not listed; they run in the ambient format. What
     owns a matrix and is no known leaf is pinned: its code multiplies in the format of what is around it.
 
+    Args:
+        model: any module; its weights are not read.
+        model_id: what the profile calls it; without one, what its configuration says, else its class.
+
     Raises:
         ModelError: no leaf at all.
     """

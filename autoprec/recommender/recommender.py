@@ -70,6 +70,7 @@ def recommend(
             a catalogued model is not fetched either.
         device: as in `probe_device`; a device that is here is probed for about a second, unless its name is given and
             `autoprec probe` measured it before.
+        mode: train or infer.
         batch_size: sequences a step.
         seq_len: tokens a sequence.
         method: full, lora or qlora.

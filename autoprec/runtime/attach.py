@@ -190,7 +190,17 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Stora
 def applied(
     model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Storage | str = Storage.FP32
 ) -> Iterator[Applied]:
-    """Put `plan` in force for the length of a `with` block; errors as in `apply`."""
+    """Put `plan` in force for the length of a `with` block.
+
+    Args:
+        model: as in `apply`, as are all others.
+        plan: what its units compute in.
+        emulate: formats that this device lacks get their rounding, and none of their speed.
+        storage: how weights are kept meanwhile.
+
+    Raises:
+        PlanError, DeviceError: as in `apply`, before anything is changed.
+    """
     handle = apply(model, plan, emulate, storage=storage)
     try:
         yield handle
