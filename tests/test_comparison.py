@@ -128,6 +128,17 @@ def test_what_cannot_run_says_why_and_stops_nobody(found: PlanComparison) -> Non
     assert fp8.trained is None
 
 
+def test_a_plan_that_overflows_has_no_figures_and_the_others_have() -> None:
+    workload = own()
+    with torch.no_grad():
+        for parameter in (workload.model.up.weight, workload.model.down.weight):  # type: ignore[union-attr]
+            parameter.mul_(3e3)  # type: ignore[operator]
+    fp16, bf16 = compare_plans(workload, named(workload, "fp16", "bf16"), pairs=6).plans
+    assert fp16.measurement and "not finite on batch 0" in fp16.reasons[0]
+    assert (fp16.drop, fp16.task_metric, fp16.low_share, fp16.speedup) == (None, None, None, None)
+    assert bf16.drop and bf16.speedup and bf16.low_share
+
+
 def test_plans_are_trained_over_seeds(found: PlanComparison) -> None:
     assert found.training is not None and found.training.metric == "accuracy"
     assert [arm.name for arm in found.training.arms] == ["bf16", "mine"]
