@@ -339,6 +339,7 @@ def _drops_alone(request: Request, summary: Summary, parts: Sequence[Comparison]
         drop=summary.drop.value,
         drop_ci95=summary.drop.ci95,
         drop_percent=summary.drop_percent,
+        task_metric=summary.task_metric,
         origin=MeasurementOrigins(drop=Origin.EMULATED if fake else Origin.MEASURED),
         batch_drops=_batch_drops(parts),
     )

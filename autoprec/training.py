@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from autoprec.errors import DataError, MeasurementError, UsageError
 from autoprec.plan import Plan
 from autoprec.probe.batches import Batch
+from autoprec.probe.compare import compare, task_metric
+from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import device_of, kept_state, plain_fp32, scaler_of
 from autoprec.probe.workload import Workload
 from autoprec.records import TrainedArm, TrainingConfirmation, TrainingCurve, TrainingVerdict
@@ -82,7 +85,7 @@ def confirm_training(
                     raise MeasurementError(
                         f"training in fp32 itself fails: {curves[-1].reason}. Try a smaller learning rate."
                     )
-    return _confirmation(curves, list(plans), steps, seeds, learning_rate, runner.notes)
+    return replace(_confirmation(curves, list(plans), steps, seeds, learning_rate, runner.notes), metric=runner.metric)
 
 
 def judged(
@@ -147,6 +150,7 @@ class _Runner:
         self.steps, self.learning_rate, self.emulate = steps, learning_rate, emulate
         self.train, self.held_out = workload.batches[:-held], workload.batches[-held:]
         self.start = [(t, t.detach().clone()) for t in (*self.model.parameters(), *self.model.buffers())]
+        self.metric: str | None = None
         self.notes = (f"{len(self.train)} batches trained on, {held} held out",)
 
     def run(self, name: str, plan: Plan | None, seed: int) -> TrainingCurve:
@@ -162,11 +166,17 @@ class _Runner:
             else:
                 with applied(self.model, plan, self.emulate):
                     skipped, reason = self._train(seed, plan, losses)
-            final = self._held_out_loss() if reason is None else None
+            final, metric = self._held_out() if reason is None else (None, None)
         if final is not None and not math.isfinite(final):
-            final, reason = None, "the held-out loss is not finite"
+            final, metric, reason = None, None, "the held-out loss is not finite"
         return TrainingCurve(
-            name=name, seed=seed, losses=tuple(losses), final_loss=final, skipped_steps=skipped, reason=reason
+            name=name,
+            seed=seed,
+            losses=tuple(losses),
+            final_loss=final,
+            final_metric=metric,
+            skipped_steps=skipped,
+            reason=reason,
         )
 
     def _train(self, seed: int, plan: Plan | None, losses: list[float]) -> tuple[int, str | None]:
@@ -202,9 +212,24 @@ class _Runner:
             left -= len(self.train)
 
     @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        """Return the mean loss over the held-out batches, weighted by tokens, in FP32."""
+    def _held_out(self) -> tuple[float, float | None]:
+        """Return the mean loss over the held-out batches, weighted by tokens, and the metric there, both in FP32."""
         self.model.eval()
-        weights = [float(self.workload.tokens(batch)) for batch in self.held_out]
-        losses = [float(self.workload.training_loss(b, self.workload.forward(b))) for b in self.held_out]
-        return math.fsum(w * x for w, x in zip(weights, losses, strict=True)) / math.fsum(weights)
+        weights, losses, parts, kind = [], [], [], ReadoutKind.VALUES
+        for batch in self.held_out:
+            raw = self.workload.forward(batch)
+            weights.append(float(self.workload.tokens(batch)))
+            losses.append(float(self.workload.training_loss(batch, raw)))
+            read = self.workload.readout(batch, raw)
+            if read.labels is not None:
+                kind = read.kind
+                parts.append(compare(read, read))
+        loss = math.fsum(w * x for w, x in zip(weights, losses, strict=True)) / math.fsum(weights)
+        if self.workload.metric is not None:
+            self.metric = "metric"
+            return loss, float(self.workload.metric(self.model, self.held_out))
+        if not all(part.finite for part in parts) or not any(part.weight.sum() for part in parts):
+            return loss, None
+        found = task_metric(kind, parts)
+        self.metric = found.name
+        return loss, found.value

@@ -11,6 +11,7 @@ from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
 from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
+from autoprec.probe.batches import Batch
 from autoprec.probe.device import device_name
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.workload import Workload
@@ -31,7 +32,7 @@ from autoprec.runtime.audit import audit
 from autoprec.runtime.identity import weights_digest
 from autoprec.training import confirm_training
 
-__all__ = ["verify"]
+__all__ = ["audited_step", "verify"]
 
 PLAN = "the plan"
 
@@ -78,7 +79,7 @@ def verify(
     here = device_of(workload.model)
     name = device_name(here) if forecast is None else forecast.device.name
     tell("Auditing one step")
-    report = _audited(workload, plan, emulate)
+    report = audited_step(workload, plan, workload.batches[0], emulate)
     tell("Measuring the plan beside FP32")
     found = evaluate(Request(workload=workload, plan=plan, emulate=emulate, forecast=forecast))
     checks = _checks(plan, found, here.type, name)
@@ -129,8 +130,13 @@ def _is_blanket(plan: Plan) -> bool:
     )
 
 
-def _audited(workload: Workload, plan: Plan, emulate: bool) -> AuditReport:
-    batch, training = workload.batches[0], workload.mode is Mode.TRAIN
+def audited_step(workload: Workload, plan: Plan, batch: Batch, emulate: bool = False) -> AuditReport:
+    """Audit a step of a plan on one batch of a workload; model and random state are left as they were.
+
+    Raises:
+        PlanError, DeviceError: as `autoprec.apply`.
+    """
+    training = workload.mode is Mode.TRAIN
     with kept_state(workload.model, weights=False), plain_fp32(device_of(workload.model).type):
         workload.model.train(training)
         with applied(workload.model, plan, emulate):

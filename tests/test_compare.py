@@ -111,3 +111,40 @@ def test_median_interval_from_order_statistics() -> None:
     covered = stats.binom.cdf(14, 20, 0.5) - stats.binom.cdf(5, 20, 0.5)
     assert covered >= 0.95
     assert median_ci95(range(6))[1] == (0.0, 5.0)
+
+
+def test_accuracy_and_its_paired_change() -> None:
+    labels = torch.tensor([[0], [1], [2], [1]])
+    reference = torch.nn.functional.one_hot(labels, 3).float()
+    plan = reference.clone()
+    plan[3] = torch.tensor([[5.0, 1.0, 0.0]])  # wrong about one of four
+    found = compare(readout(ReadoutKind.LOGITS, reference, None, labels), readout(ReadoutKind.LOGITS, plan))
+    metric = summarise(ReadoutKind.LOGITS, [found]).task_metric
+    assert metric is not None and metric.name == "accuracy"
+    assert (metric.reference, metric.value, metric.change) == (1.0, 0.75, -0.25)
+    half = stats.t.ppf(0.975, 3) * np.std([0, 0, 0, -1], ddof=1) / 2
+    assert metric.change_ci95 == pytest.approx((-0.25 - half, -0.25 + half))
+    assert metric.ci95 is not None and metric.ci95[1] == 1.0
+
+
+def test_binary_accuracy_is_by_the_sign_of_the_logit() -> None:
+    logits, labels = torch.tensor([[[0.3]], [[-2.0]], [[1.0]]]), torch.tensor([[1], [0], [0]])
+    found = compare(readout(ReadoutKind.BINARY, logits, None, labels), readout(ReadoutKind.BINARY, -logits))
+    metric = summarise(ReadoutKind.BINARY, [found]).task_metric
+    assert metric is not None and metric.reference == pytest.approx(2 / 3) and metric.value == pytest.approx(1 / 3)
+
+
+def test_perplexity_is_e_to_the_loss() -> None:
+    reference, plan = torch.randn(3, 5, 11), torch.randn(3, 5, 11)
+    labels = torch.randint(0, 11, (3, 5))
+    found = compare(readout(ReadoutKind.LOGITS, reference, None, labels), readout(ReadoutKind.LOGITS, plan))
+    metric = summarise(ReadoutKind.LOGITS, [found]).task_metric
+    own, other = (
+        torch.nn.functional.cross_entropy(side.double().flatten(0, 1), labels.flatten()).exp().item()
+        for side in (reference, plan)
+    )
+    assert metric is not None and metric.name == "perplexity"
+    assert metric.reference == pytest.approx(own, rel=1e-12) and metric.value == pytest.approx(other, rel=1e-12)
+    assert metric.change == pytest.approx(other - own, rel=1e-9)
+    unlabelled = compare(readout(ReadoutKind.LOGITS, reference), readout(ReadoutKind.LOGITS, plan))
+    assert summarise(ReadoutKind.LOGITS, [unlabelled]).task_metric is None

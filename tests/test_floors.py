@@ -43,6 +43,7 @@ FLOORS = {
     "measurement": 6,
     "training": 6,
     "verification": 6,
+    "comparison": 6,
     "doctor": 6,
     "study": 7,
     "integrations": 8,
@@ -61,6 +62,9 @@ NEIGHBOURS = {
     ("doctor", "measurement"),
     ("verification", "measurement"),
     ("verification", "training"),
+    ("comparison", "measurement"),
+    ("comparison", "training"),
+    ("comparison", "verification"),
     ("files", "formats"),
     ("quantities", "formats"),
 }

@@ -133,6 +133,9 @@ def test_the_parts_of_a_step_add_up_and_name_every_unit() -> None:
     assert found.kinds_ms[Kind.MATMUL] > 0 and Phase.OPTIMIZER in found.phases_ms
     device = sum(found.kinds_ms.values())
     assert sum(found.units_ms.values()) + found.kinds_ms[Kind.OPTIMIZER] == pytest.approx(device)
+    # products and fused attention, by the format of their operands
+    assert set(found.products_ms) == {"fp16"}
+    assert found.kinds_ms[Kind.MATMUL] <= found.products_ms["fp16"] < device
 
 
 def test_what_a_step_does_more_takes_longer() -> None:

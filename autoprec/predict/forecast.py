@@ -25,6 +25,8 @@ class Forecasted:
     #: over FP32 with TF32 off
     speedup: Estimate
     peak_bytes: int
+    #: of the time of matmuls and attention, what their kernels of 16, 8 or TF32 bits take
+    low_share: Estimate
     step: StepTime
 
 
@@ -55,6 +57,7 @@ class Forecast:
             step_ms=step.step_ms,
             speedup=self._ratio(reference, step),
             peak_bytes=predict_memory(self.profile, plan, self._setup(plan), self.facts).total_bytes,
+            low_share=self._low_share(step),
             step=step,
         )
 
@@ -81,6 +84,19 @@ class Forecast:
 
     def _setup(self, plan: Plan) -> Setup:
         return setup_of(plan, self.batch_size, self.seq_len, self.mode, device_kind=self.device.kind)
+
+    def _low_share(self, step: StepTime) -> Estimate:
+        """Return the share of low products; the odds of the two kinds are off by as much as two matmuls are."""
+        total = sum(step.products_ms.values())
+        wide = step.products_ms.get(str(Format.FP32), 0.0)
+        low = total - wide
+        if not low or not wide:
+            share = 1.0 if low else 0.0
+            return Estimate(share, share, share, Origin.PREDICTED)
+        vendor = self.device.hardware.vendor if self.device.hardware else ""
+        off = math.exp(math.sqrt(2) * coefficients().spread.gemm[f"{vendor}-large"])
+        ends = (low / (low + wide * off), low / (low + wide / off))
+        return Estimate(low / total, *ends, Origin.PREDICTED)
 
     def _ratio(self, reference: StepTime, step: StepTime) -> Estimate:
         """Return the speedup: what is wrong about both steps alike cancels, so it is surer than either."""

@@ -26,6 +26,8 @@ class Priced:
     device: dict[Phase, float] = field(default_factory=dict)
     launches: dict[Phase, float] = field(default_factory=dict)
     kinds: dict[Kind, float] = field(default_factory=dict)
+    #: of products and fused attention, by the format of what they multiply
+    products: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: Priced, times: float = 1.0) -> None:
         """Add another's sums."""
@@ -34,6 +36,8 @@ class Priced:
                 mine[phase] = mine.get(phase, 0.0) + times * value
         for kind, value in other.kinds.items():
             self.kinds[kind] = self.kinds.get(kind, 0.0) + times * value
+        for operands, value in other.products.items():
+            self.products[operands] = self.products.get(operands, 0.0) + times * value
 
 
 class Pricer:
@@ -52,6 +56,8 @@ class Pricer:
             total.device[kernel.phase] = total.device.get(kernel.phase, 0.0) + seconds
             total.launches[kernel.phase] = total.launches.get(kernel.phase, 0.0) + launches
             total.kinds[kernel.kind] = total.kinds.get(kernel.kind, 0.0) + seconds
+            if kernel.operands:
+                total.products[kernel.operands] = total.products.get(kernel.operands, 0.0) + seconds
         return total
 
     def again(self, kernels: Iterable[Kernel], *, matmuls: bool) -> Priced:

@@ -45,6 +45,8 @@ class StepTime:
     phases_ms: Mapping[Phase, float]
     #: of the device's own time; the host's is not divided
     kinds_ms: Mapping[Kind, float]
+    #: of it, products and fused attention by the format of their operands
+    products_ms: Mapping[str, float]
     #: of the device's own time, forward and backward
     units_ms: Mapping[str, float]
     #: phases in which the host takes longer than the device
@@ -217,6 +219,7 @@ def predict_step(
         step_ms=estimate,
         phases_ms={phase: 1e3 * seconds for phase, seconds in phases.items()},
         kinds_ms={kind: 1e3 * seconds for kind, seconds in total.kinds.items()},
+        products_ms={operands: 1e3 * seconds for operands, seconds in total.products.items()},
         units_ms=units,
         host_bound=host,
         rates={k: f"{card.rate(k).flops / 1e12:.4g} TFLOP/s: {card.rate(k).source}" for k in sorted(used)},

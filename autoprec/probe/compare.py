@@ -8,7 +8,7 @@ Values: squared error and squared size of the reference, whose ratio is the rela
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoprec.probe.readout import Readout, ReadoutKind
+from autoprec.records import TaskMetric
 
-__all__ = ["Comparison", "Ratio", "compare", "median_ci95", "ratio_ci95", "summarise"]
+__all__ = ["Comparison", "Ratio", "compare", "median_ci95", "ratio_ci95", "summarise", "task_metric"]
 
 Array = npt.NDArray[np.float64]
 
@@ -37,6 +38,9 @@ class Comparison:
     entropy: Array
     loss: Array
     loss_rise: Array
+    #: positions whose label is the likeliest class, in the reference and in the plan
+    reference_right: Array
+    right: Array
     labelled: bool
     finite: bool
 
@@ -58,6 +62,7 @@ class Summary:
     loss_rise: Ratio | None
     reference_loss: float | None
     reference_entropy: float | None
+    task_metric: TaskMetric | None = None
 
 
 def compare(reference: Readout, plan: Readout) -> Comparison:
@@ -67,7 +72,7 @@ def compare(reference: Readout, plan: Readout) -> Comparison:
     examples, positions = reference.counted.nonzero(as_tuple=True)
     classes = reference.predictions.shape[-1]
     step = max(1, _CHUNK_ELEMENTS // max(classes, 2))
-    sums = np.zeros((4, reference.counted.shape[0]))
+    sums = np.zeros((6, reference.counted.shape[0]))
     for at in range(0, len(examples), step):
         rows, columns = examples[at : at + step], positions[at : at + step]
         labels = None if reference.labels is None else reference.labels[rows, columns]
@@ -84,13 +89,15 @@ def compare(reference: Readout, plan: Readout) -> Comparison:
         entropy=sums[1],
         loss=sums[2],
         loss_rise=sums[3],
+        reference_right=sums[4],
+        right=sums[5],
         labelled=reference.labels is not None,
         finite=bool(np.isfinite(sums).all()),
     )
 
 
 def _positions(kind: ReadoutKind, reference: Tensor, plan: Tensor, labels: Tensor | None) -> Array:
-    """Return KL, entropy, label loss and its rise of each position, [4, N]."""
+    """Return KL, entropy, label loss, its rise, and whether either side is right at each position, [6, N]."""
     alone = plan is reference
     if kind is ReadoutKind.BINARY:
         # two classes with logits 0 and z give the same Bernoulli distribution
@@ -102,12 +109,13 @@ def _positions(kind: ReadoutKind, reference: Tensor, plan: Tensor, labels: Tenso
     divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
     if labels is None:
-        loss = rise = torch.zeros_like(divergence)
+        loss = rise = right = own = torch.zeros_like(divergence)
     else:
         picked = labels.long()[:, None]
         loss = -log_p.gather(-1, picked)[:, 0]
         rise = -log_q.gather(-1, picked)[:, 0] - loss
-    return torch.stack([divergence, entropy, loss, rise]).cpu().numpy()
+        right, own = ((side.argmax(-1) == labels).to(loss.dtype) for side in (log_p, log_q))
+    return torch.stack([divergence, entropy, loss, rise, right, own]).cpu().numpy()
 
 
 def _compare_values(reference: Readout, plan: Readout) -> Comparison:
@@ -117,7 +125,17 @@ def _compare_values(reference: Readout, plan: Readout) -> Comparison:
     size = torch.where(counted, wide, 0.0).square().sum(dim=(1, 2)).cpu().numpy()
     none = np.zeros_like(error)
     finite = bool(np.isfinite(error).all() and np.isfinite(size).all())
-    return Comparison(drop=error, weight=size, entropy=none, loss=none, loss_rise=none, labelled=False, finite=finite)
+    return Comparison(
+        drop=error,
+        weight=size,
+        entropy=none,
+        loss=none,
+        loss_rise=none,
+        reference_right=none,
+        right=none,
+        labelled=False,
+        finite=finite,
+    )
 
 
 def summarise(kind: ReadoutKind, parts: Iterable[Comparison]) -> Summary:
@@ -138,7 +156,45 @@ def summarise(kind: ReadoutKind, parts: Iterable[Comparison]) -> Summary:
     reference_entropy = float(entropy.sum()) / total
     scale = max(reference_loss or 0.0, reference_entropy)
     percent = 100 * floor.value / scale if scale > 0 else 0.0
-    return Summary(floor, percent, ratio_ci95(rise, weight) if labelled else None, reference_loss, reference_entropy)
+    risen = ratio_ci95(rise, weight) if labelled else None
+    metric = task_metric(kind, found) if labelled else None
+    return Summary(floor, percent, risen, reference_loss, reference_entropy, metric)
+
+
+def task_metric(kind: ReadoutKind, parts: Sequence[Comparison]) -> TaskMetric:
+    """Return what people quote of labelled data: accuracy with one answer an example, else perplexity.
+
+    The change's interval is paired: example by example, plan against reference. Several yes-or-no answers of an example
+    are each right or wrong.
+    """
+    names = ("weight", "loss", "loss_rise", "reference_right", "right")
+    weight, loss, rise, before, right = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+    if kind is ReadoutKind.BINARY or weight.max() <= 1:
+        value, change = ratio_ci95(right, weight), ratio_ci95(right - before, weight)
+        reference = float(before.sum() / weight.sum())
+        return TaskMetric(
+            name="accuracy",
+            reference=reference,
+            value=value.value,
+            ci95=value.ci95 and (max(0.0, value.ci95[0]), min(1.0, value.ci95[1])),
+            change=change.value,
+            change_ci95=change.ci95,
+        )
+    own, risen = ratio_ci95(loss + rise, weight), ratio_ci95(rise, weight)
+    reference = _exp(float(loss.sum() / weight.sum()))
+    return TaskMetric(
+        name="perplexity",
+        reference=reference,
+        value=_exp(own.value),
+        ci95=own.ci95 and (_exp(own.ci95[0]), _exp(own.ci95[1])),
+        change=reference * (_exp(risen.value) - 1),
+        change_ci95=risen.ci95 and (reference * (_exp(risen.ci95[0]) - 1), reference * (_exp(risen.ci95[1]) - 1)),
+    )
+
+
+def _exp(loss: float) -> float:
+    """Return e to a loss, which FP64 holds up to 709."""
+    return math.exp(min(loss, 700.0))
 
 
 def ratio_ci95(sums: Array, weights: Array) -> Ratio:

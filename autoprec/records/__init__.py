@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from autoprec.records.audited import AuditReport, AuditRow, BehindUse, CastRow, Direction, KernelRow, OpKind
+from autoprec.records.compared import (
+    ComparedPlan,
+    PlanComparison,
+    Target,
+    TargetName,
+    TargetOutcome,
+    TrainedFigures,
+)
 from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Hardware, Support
 from autoprec.records.facts import Architecture, ModelFacts
 from autoprec.records.figures import STRICT, Estimate, Figure, Origin
-from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
+from autoprec.records.measured import Measurement, MeasurementOrigins, Mode, TaskMetric
 from autoprec.records.memory import BatchFit, MemoryBreakdown, MemoryParts, Moment, Remedy, UnitMemory
 from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
 from autoprec.records.planned import Evidence, GradScalerSettings, PlanDevice, PlanDiff, PlanModel, PlanUnit
@@ -37,6 +45,7 @@ __all__ = [
     "CastRow",
     "Check",
     "CheckOutcome",
+    "ComparedPlan",
     "Confirmed",
     "DeviceProfile",
     "Direction",
@@ -64,6 +73,7 @@ __all__ = [
     "OpKind",
     "Origin",
     "Pinned",
+    "PlanComparison",
     "PlanDevice",
     "PlanDiff",
     "PlanModel",
@@ -77,8 +87,13 @@ __all__ = [
     "SpeedProfile",
     "Step",
     "Support",
+    "Target",
+    "TargetName",
+    "TargetOutcome",
     "Task",
+    "TaskMetric",
     "TrainedArm",
+    "TrainedFigures",
     "TrainingConfirmation",
     "TrainingCurve",
     "TrainingVerdict",

@@ -60,6 +60,8 @@ class AuditRow:
     calls: int
     agrees: bool | None
     reason: str | None = None
+    #: of its calls in the audited step, one after the other; on an accelerator launch and wait included
+    ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

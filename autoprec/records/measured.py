@@ -14,6 +14,7 @@ __all__ = [
     "Measurement",
     "MeasurementOrigins",
     "Mode",
+    "TaskMetric",
 ]
 
 
@@ -37,13 +38,31 @@ class MeasurementOrigins:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskMetric:
+    """What people quote of a task with labels: `accuracy` of a classifier, `perplexity` of a language model.
+
+    `change` is the plan's less the reference's, its interval paired by example.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: str
+    reference: float
+    value: float
+    ci95: tuple[float, float] | None
+    change: float
+    change_ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """One assignment measured against the reference (design of the figures: docs/measurement.md).
 
     `speedup` is the median of paired ratios reference / plan. `step_ms` is the median reference step divided by it:
     of `reference_step_ms`, this measurement's own, or of a whole search, so that its figures share one clock. `drop`
-    is in nats, or a relative squared error for models of values.
-    `batch_drops` are drops by batch, in their order. A figure that was not measured is None; `reason` says why.
+    is in nats, or a relative squared error for models of values. `metric` is the user's own, `task_metric` that of
+    labelled data. `batch_drops` are drops by batch, in their order. A figure that was not measured is None; `reason`
+    says why.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -67,6 +86,7 @@ class Measurement:
     speedup_over_uniform: float | None = None
     peak_bytes: int | None = None
     metric: float | None = None
+    task_metric: TaskMetric | None = None
     origin: MeasurementOrigins = MeasurementOrigins()
     plan: str | None = None
     reason: str | None = None

@@ -31,6 +31,7 @@ class TrainingCurve:
     final_loss: float | None
     skipped_steps: int  #: by the gradient scaler
     reason: str | None = None  #: why it ended early
+    final_metric: float | None = None  #: on held-out batches beside the loss, where there are labels or a metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +62,4 @@ class TrainingConfirmation:
     arms: tuple[TrainedArm, ...]
     curves: tuple[TrainingCurve, ...]
     notes: tuple[str, ...] = ()
+    metric: str | None = None  #: what `final_metric` is: accuracy, perplexity, or the user's own metric

@@ -86,6 +86,8 @@ class Recorder(TorchDispatchMode):
         self.multihead = {name for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
         self.stack: list[nn.Module] = []
         self.in_dot_product = False
+        #: an accelerator computes while the host goes on, so that what is timed must be waited for
+        self.waits = any(p.device.type not in ("cpu", "meta") for p in modules[""].parameters())
         self.nodes: dict[int, _Place] = {}
         self.weights: dict[int, set[str]] = defaultdict(set)
         self.alive: list[Tensor] = []
@@ -115,18 +117,23 @@ class Recorder(TorchDispatchMode):
             self._add((*key, _NAMES.get(output.dtype, str(output.dtype)), True), "embedding")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        started = time.perf_counter()
-        output = func(*args, **(kwargs or {}))
-        seconds = time.perf_counter() - started
         name = func._schema.name.split("::")[-1]
         kind = _kind_of(name)
+        waits = self.waits and (kind in _PRODUCTS or name == "_to_copy")
+        if waits:
+            torch.accelerator.synchronize()
+        started = time.perf_counter()
+        output = func(*args, **(kwargs or {}))
+        if waits:
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - started
         place, direction = self._place(kind)
         tensors = [a for a in args if isinstance(a, Tensor)]
         self._follow(name, tensors, output)
         if name == "_to_copy":
             self._cast(place, direction, tensors[0], output, seconds)
         if kind is not None and kind is not OpKind.LOOKUP:
-            self._operator(name, kind, place, direction, tensors, output)
+            self._operator(name, kind, place, direction, tensors, output, seconds)
         return output
 
     def _place(self, kind: OpKind | None) -> tuple[_Place, Direction]:
@@ -175,7 +182,14 @@ class Recorder(TorchDispatchMode):
             entry.ms += seconds * 1e3
 
     def _operator(
-        self, name: str, kind: OpKind, place: _Place, direction: Direction, tensors: list[Tensor], output: Any
+        self,
+        name: str,
+        kind: OpKind,
+        place: _Place,
+        direction: Direction,
+        tensors: list[Tensor],
+        output: Any,
+        seconds: float,
     ) -> None:
         floats = [t for t in tensors if t.is_floating_point() and t.dim() > 1] or tensors[:1]
         if name in ("addmm", "baddbmm") and len(floats) == 3:
@@ -194,7 +208,7 @@ class Recorder(TorchDispatchMode):
         result = output[0] if isinstance(output, tuple | list) else output
         came_out = _NAMES.get(result.dtype, str(result.dtype)) if isinstance(result, Tensor) else ""
         unit = place.unit.name if place.unit else None
-        self._add((unit, place.module, kind, direction, executed, came_out, place.leaf), name)
+        self._add((unit, place.module, kind, direction, executed, came_out, place.leaf), name, seconds)
         if direction is Direction.FORWARD and kind in (OpKind.MATMUL, OpKind.CONVOLUTION):
             self._behind(name, executed, floats)
 
@@ -234,10 +248,11 @@ class Recorder(TorchDispatchMode):
                 agrees=unit.role is Role.EMBEDDING or _matches(unit.format, executed, self.plan),
             )
 
-    def _add(self, key: tuple[Any, ...], operator: str) -> None:
+    def _add(self, key: tuple[Any, ...], operator: str, seconds: float = 0.0) -> None:
         entry = self.rows[key]
         entry.operators.add(operator)
         entry.calls += 1
+        entry.ms += seconds * 1e3
 
     # what it comes to
 
@@ -295,6 +310,7 @@ class Recorder(TorchDispatchMode):
             calls=entry.calls,
             agrees=agrees,
             reason=reason,
+            ms=entry.ms,
         )
 
     def _as_autocast(self, module: str) -> bool:

@@ -153,6 +153,7 @@ def test_an_audit_of_a_mixed_plan_agrees() -> None:
         assert {row.direction for row in report.rows if row.planned is not None} == set(Direction)
         assert report.kernels and all(row.ms > 0 and row.calls > 0 for row in report.kernels)
         assert any(row.ms > 0 for row in report.casts)
+        assert all(row.ms > 0 for row in report.rows if row.kind is OpKind.MATMUL)
 
 
 @pytest.mark.parametrize("recipe", list(Fp8Recipe))

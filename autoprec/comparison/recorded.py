@@ -1,0 +1,120 @@
+"""Plans of finished searches side by side, as those measured them: nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autoprec.comparison.figures import drop_figure, metric_figures, saved, speed_figures, targets
+from autoprec.comparison.names import BY_NAME
+from autoprec.errors import PlanError, UsageError
+from autoprec.records import ComparedPlan, Figure, Measurement, PlanComparison, SearchResult
+
+__all__ = ["Recorded", "recorded_plans"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What was asked for: a run folder with its result, or a plan by name (then `result` is None)."""
+
+    name: str
+    result: SearchResult | None
+
+
+def recorded_plans(asked: Sequence[Recorded]) -> PlanComparison:
+    """Return the chosen plans of runs, and plans by name that the first of them measured, with the figures they had.
+
+    Origins are those of the runs: `measured` there and then. A search times no kernels, so that no share of
+    low-precision time is known, and its peak on a CPU is that of the whole process.
+
+    Raises:
+        UsageError: no run among what is asked for.
+        PlanError: runs of different models or modes, one that chose no plan, or that measured no plan of the name.
+    """
+    runs = [entry for entry in asked if entry.result is not None]
+    if not runs:
+        raise UsageError(
+            "figures can be read from run folders only, and none is given; leave out --recorded to measure"
+        )
+    first = runs[0].result
+    assert first is not None
+    for run in runs[1:]:
+        assert run.result is not None
+        _check_alike(runs[0].name, first, run.name, run.result)
+    reference = _row("fp32", runs[0].name, first, first.reference, None)
+    rows = [
+        _chosen(entry.name, entry.result) if entry.result is not None else _named(entry.name, runs[0].name, first)
+        for entry in asked
+        if entry.name != "fp32"
+    ]
+    found = [row.measurement for row in rows if row.measurement is not None]
+    notes = [
+        f"{run.name} is a search on {run.result.device}, read and not measured again" for run in runs if run.result
+    ]
+    return PlanComparison(
+        model_id=first.model_id,
+        device=", ".join(dict.fromkeys(run.result.device for run in runs if run.result)),
+        mode=first.mode,
+        batches=None,
+        metric=next((name for m in found if (name := metric_figures(m, first.reference)[0])), None),
+        reference=reference,
+        plans=tuple(replace(row, targets=targets(row)) for row in rows),
+        notes=tuple(notes),
+    )
+
+
+def _check_alike(name: str, first: SearchResult, other_name: str, other: SearchResult) -> None:
+    for what, mine, theirs in (
+        ("model", first.model_id, other.model_id),
+        ("mode", str(first.mode), str(other.mode)),
+    ):
+        if mine != theirs:
+            raise PlanError(
+                f"{name} and {other_name} are searches of different {what}s, {mine} and {theirs}: their figures say "
+                "nothing about each other"
+            )
+
+
+def _chosen(name: str, result: SearchResult) -> ComparedPlan:
+    if result.chosen is None:
+        raise PlanError(f"the search of {name} chose no plan: {result.verdict.text}")
+    return _row(name, name, result, result.front[result.chosen], result.reference)
+
+
+def _named(name: str, run: str, result: SearchResult) -> ComparedPlan:
+    """Return what a run measured of a plan by name."""
+    known = f"cast {name.removeprefix('cast-')}" if name.startswith("cast-") else f"uniform {name}"
+    found = next((m for m in (*result.baselines, *result.front) if m.name == known), None)
+    if found is None:
+        have = [n for n in BY_NAME if any(m.name in (f"uniform {n}", n.replace("-", " ")) for m in result.baselines)]
+        raise PlanError(f"{run} measured no plan {name}; it has {', '.join(have) or 'none by name'}")
+    return _row(name, run, result, found, result.reference)
+
+
+def _row(
+    name: str, source: str, result: SearchResult, found: Measurement, reference: Measurement | None
+) -> ComparedPlan:
+    speedup, step_ms = speed_figures(found)
+    peak = _peak(found)
+    before = None if reference is None else _peak(reference)
+    _, metric, change = metric_figures(found, found if reference is None else reference)
+    return ComparedPlan(
+        name=name,
+        source=source,
+        device=result.device,
+        measurement=found,
+        speedup=speedup,
+        step_ms=step_ms,
+        peak_bytes=peak,
+        memory_saved=saved(peak, before) if peak is not None and before is not None else None,
+        drop=drop_figure(found),
+        task_metric=metric,
+        task_metric_change=None if reference is None else change,
+        reasons=(found.reason,) if found.reason else (),
+    )
+
+
+def _peak(found: Measurement) -> Figure | None:
+    if found.peak_bytes is None or found.origin.peak_bytes is None:
+        return None
+    return Figure(value=found.peak_bytes, ci95=None, unit="bytes", origin=found.origin.peak_bytes)

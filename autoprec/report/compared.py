@@ -1,0 +1,100 @@
+"""The page of a comparison: figures in rows, plans in columns, as many side by side as the page is wide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from autoprec.records import ComparedPlan, Figure, PlanComparison
+from autoprec.report.figures import bytes_text, format_counts, interval, origin_note
+from autoprec.report.layout import INDENT, Column, print_heading, print_line, print_table
+
+__all__ = ["print_comparison"]
+
+#: characters of a column of titles, and of one of figures with their intervals
+_TITLE, _CELL = 24, 19
+
+#: title of a row, and what it says of a plan
+Row = tuple[str, Callable[[ComparedPlan], str]]
+
+
+def print_comparison(console: Console, found: PlanComparison) -> None:
+    """Print plans side by side: figures with intervals and origins, training over seeds, targets, what is not known."""
+    size = "" if found.batches is None else f", {found.batches} batches"
+    print_heading(console, f"Plans for {found.model_id}", f"{found.mode}, on {found.device}{size}")
+    wide = max(1, (console.width - INDENT - _TITLE) // (_CELL + 2))
+    rows = [found.reference, *found.plans]
+    for start in range(0, len(rows), wide):
+        _print_rows(console, rows[start : start + wide], _rows(found))
+    if found.training is not None:
+        words = f"{found.training.steps} steps, {found.training.seeds} seeds, {', '.join(found.training.notes)}"
+        print_heading(console, "Trained beside FP32", words)
+        shown = [row for row in rows if row.trained is not None]
+        for start in range(0, len(shown), wide):
+            _print_rows(console, shown[start : start + wide], _trained_rows(found))
+    targets = found.plans[0].targets if found.plans else ()
+    if targets:
+        print_heading(console, "Targets", "met: with the whole interval; open: the interval holds the target")
+        titles = [f"{t.name} {'under' if t.name == 'drop' else 'over'} {t.limit:g} {t.unit}" for t in targets]
+        for start in range(0, len(found.plans), wide):
+            part = found.plans[start : start + wide]
+            columns: list[Column] = [("", "left"), *((row.name, "right") for row in part)]
+            cells = [[title, *(str(row.targets[i].outcome) for row in part)] for i, title in enumerate(titles)]
+            print_table(console, columns, cells)
+    for row in rows:
+        for reason in row.reasons:
+            print_line(console, f"{row.name}: {reason}")
+    for note in found.notes:
+        print_line(console, f"note: {note}")
+
+
+def _print_rows(console: Console, plans: Sequence[ComparedPlan], rows: Sequence[Row]) -> None:
+    columns: list[Column] = [("", "left"), *((plan.name, "right") for plan in plans)]
+    cells = [[title, *(say(plan) for plan in plans)] for title, say in rows]
+    print_table(console, columns, [row for row in cells if any(cell not in ("", "-") for cell in row[1:])])
+
+
+def _rows(found: PlanComparison) -> list[Row]:
+    metric = found.metric or "metric"
+    return [
+        ("units", lambda plan: format_counts(plan.measurement.assignment) if plan.measurement else "-"),
+        ("speedup", lambda plan: _text(plan.speedup)),
+        ("step, ms", lambda plan: _text(plan.step_ms)),
+        ("memory, peak", lambda plan: _bytes(plan.peak_bytes)),
+        ("memory saved", lambda plan: _text(plan.memory_saved)),
+        ("drop", lambda plan: _text(plan.drop)),
+        (metric, lambda plan: _text(plan.task_metric)),
+        (f"{metric}, less fp32's", lambda plan: _text(plan.task_metric_change)),
+        ("low-precision share", lambda plan: _text(plan.low_share)),
+    ]
+
+
+def _trained_rows(found: PlanComparison) -> list[Row]:
+    metric = (found.training.metric if found.training else None) or "metric"
+    return [
+        (f"{metric}, held out", lambda plan: _text(plan.trained.metric) if plan.trained else "-"),
+        (f"{metric}, less fp32's", lambda plan: _text(plan.trained.metric_change) if plan.trained else "-"),
+        ("loss, held out", lambda plan: _text(plan.trained.loss) if plan.trained else "-"),
+        ("loss, less fp32's", lambda plan: _text(plan.trained.loss_change) if plan.trained else "-"),
+        ("runs that failed", _failed),
+        ("verdict", lambda plan: str(plan.trained.verdict or "-") if plan.trained else "-"),
+    ]
+
+
+def _failed(plan: ComparedPlan) -> str:
+    if plan.trained is None:
+        return "-"
+    _, high = plan.trained.failed_share.ci95 or (0.0, 100.0)
+    return f"{plan.trained.failed} of {plan.trained.runs} (at most {high:.0f} %)"
+
+
+def _bytes(figure: Figure | None) -> str:
+    return "-" if figure is None else bytes_text(figure.value) + origin_note(figure.origin)
+
+
+def _text(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    unit = {"x": "x", "%": " %"}.get(figure.unit, "")
+    return interval(figure.value, figure.ci95, suffix=unit) + origin_note(figure.origin)
