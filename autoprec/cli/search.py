@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from pathlib import Path
@@ -112,7 +113,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 resume=options["resume"],
                 progress=news,
                 spent_seconds=time.monotonic() - started,
-                command=_line(ctx, options),
+                command=_line(ctx, options | {"storage": _without_password(options["storage"])}),
             )
     except Interrupted as stop:
         where = stop.folder or str(folder)
@@ -193,6 +194,11 @@ def _show(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     files["run folder"] = folder
     paths = {name: str(path) for name, path in files.items() if path.exists()}
     print_paths(console, paths | ({f"on {result.device}, to confirm": result.confirm} if result.confirm else {}))
+
+
+def _without_password(storage: str | None) -> str | None:
+    """Return a storage's URL as it may stand in a report, which is sent to others."""
+    return storage and re.sub(r"(//[^/:@]*):[^@/]*@", r"\1:***@", storage)
 
 
 def _line(ctx: click.Context, options: dict[str, Any], *more: str) -> str:

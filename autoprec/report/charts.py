@@ -7,6 +7,7 @@ plotly: its JSON form is its documented interface (https://plotly.com/javascript
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
 Data = dict[str, Any]
 
 _SPREAD = 2.5  #: largest time over smallest from which on an axis is logarithmic
+_FEW_POWERS = 100.0  #: largest value over smallest up to which powers of ten alone are too few ticks
 _LINES = 9  #: of a plan's units, in what is shown when the pointer rests on it
 
 
@@ -55,15 +57,20 @@ def axis(title: str, **more: Any) -> Data:
     return {"title": {"text": title}, "automargin": True, **more}
 
 
-def log_axis(title: str, **more: Any) -> Data:
-    """Return a logarithmic axis with a tick at each power of ten."""
-    return axis(title, type="log", exponentformat="power", dtick=1, **more)
+def log_axis(title: str, values: Iterable[float]) -> Data:
+    """Return a logarithmic axis with a tick at each power of ten, and between them where there are few."""
+    above = [v for v in values if v > 0]
+    few = not above or max(above) < _FEW_POWERS * min(above)
+    return axis(title, type="log", exponentformat="power", dtick="D2" if few else 1)
 
 
 def time_axis(title: str, times: Sequence[float]) -> Data:
     """Return an axis of times, logarithmic where a few slow plans would squeeze all others together."""
     if times and max(times) > _SPREAD * min(times) > 0:
-        return axis(title, type="log", nticks=10)
+        # plotly's own ticks between powers of ten are single digits, without their power
+        powers = range(math.floor(math.log10(min(times))) - 1, math.ceil(math.log10(max(times))) + 1)
+        ticks = [digit * 10.0**power for power in powers for digit in (1, 1.5, 2, 3, 5, 7)]
+        return axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:.3g}" for tick in ticks])
     return axis(title)
 
 

@@ -104,10 +104,11 @@ def drop_fit_chart(run: Run) -> Chart | None:
     return _fit(
         "dropfit",
         "Drop: predicted against measured",
-        "Before any trial: the sum of each unit's own drop. On the dashed line a plan drops as its units do.",
+        "Before any trial: the sum of each unit's own drop. On the dashed line a plan drops as its units do; "
+        "one that also stores weights or stream narrower drops more.",
         known,
-        log_axis(f"sum of units' drops, {run.unit} (predicted)"),
-        log_axis(f"drop of the plan, {run.unit} ({origin})"),
+        log_axis(f"sum of units' drops, {run.unit} (predicted)", [p for p, _, _ in known]),
+        log_axis(f"drop of the plan, {run.unit} ({origin})", [m for _, m, _ in known]),
     )
 
 

@@ -59,7 +59,10 @@ def front_chart(run: Run, place: Callable[[Measurement], int]) -> Chart | None:
             "xaxis": time_axis(
                 f"step time, ms ({origins(m.origin.step_ms for m in done)})", [m.step_ms for m in done if m.step_ms]
             ),
-            "yaxis": log_axis(f"drop, {run.unit} ({origins(m.origin.drop for m in done)})"),
+            "yaxis": log_axis(
+                f"drop, {run.unit} ({origins(m.origin.drop for m in done)})",
+                [floor, *(m.drop for m in done if m.drop), run.limit_value or 0.0],
+            ),
         },
     )
 

@@ -161,7 +161,7 @@ def facts(run: Run) -> list[Fact]:
     if device is not None:
         parts = [f"{device.name} ({device.origin})", device.kind]
         parts += [bytes_text(device.memory_bytes)] if device.memory_bytes else []
-        parts += [f"{device.threads} threads"] if device.threads else []
+        parts += [f"{device.threads} thread{'s' * (device.threads > 1)}"] if device.threads else []
         parts += [", ".join(device.instructions)] if device.instructions else []
         found.append(Fact("device", ", ".join(parts)))
     if run.model is not None:
@@ -171,7 +171,7 @@ def facts(run: Run) -> list[Fact]:
     if setting is not None:
         shape = f"{setting.batches} of {setting.batch_size} x {setting.seq_len} tokens"
         found.append(Fact("batches", f"{shape}, {setting.unseen_batches} of them kept for confirmation"))
-        found += [Fact("data", note) for note in setting.data]
+        found += [Fact("workload", " ".join(setting.data))] if setting.data else []
         found.append(Fact("command", setting.command or "from Python: autoprec.search(…)"))
         found.append(Fact("started", setting.started))
         found.append(Fact("budget", duration_text(setting.budget_seconds)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+
 from autoprec.formats import Format
 from autoprec.report.charts import Chart, Data, axis, harmless, interval_bars, log_axis, origins, positive_floor
 from autoprec.report.run import Run
 
 __all__ = ["unit_drop_chart", "unit_time_chart"]
 
+#: largest time over the median one from which on bars give way to points on a logarithmic axis
+_SPREAD = 6.0
 _MARKS = {Format.BF16: "circle", Format.FP16: "square", Format.FP8: "diamond"}
 
 
@@ -46,7 +50,10 @@ def unit_drop_chart(run: Run) -> Chart | None:
             "height": 400,
             "showlegend": True,
             "xaxis": _names(run),
-            "yaxis": log_axis(f"drop, {profile.drop_unit} ({origins(d.drop.origin for d in profile.drops)})"),
+            "yaxis": log_axis(
+                f"drop, {profile.drop_unit} ({origins(d.drop.origin for d in profile.drops)})",
+                [floor, *(d.drop.high for d in profile.drops)],
+            ),
         },
     )
 
@@ -57,24 +64,40 @@ def unit_time_chart(run: Run) -> Chart | None:
     if not times:
         return None
     origin = "measured alone" if run.speed else "predicted"
+    every = [ms for own in times.values() for ms in own.values() if ms > 0]
+    spread = bool(every) and max(every) > _SPREAD * statistics.median(every)
     traces: list[Data] = [
-        {
-            "type": "bar",
+        _marks(choice, spread)
+        | {
             "name": str(choice),
             "x": [harmless(unit) for unit in own],
             "y": list(own.values()),
-            "marker": {"color": f"@{choice}"},
             "hovertemplate": f"<b>%{{x}}</b> in {choice}<br>%{{y:.3g}} ms<extra></extra>",
         }
         for choice, own in times.items()
     ]
+    title = f"time, ms ({origin})"
     return Chart(
         name="unittime",
         title="What each unit takes",
-        caption="Milliseconds of one step in each format. Where a low format's bar is not shorter, it does not pay.",
+        caption="Milliseconds of one step in each format. Where a low format is not below FP32, it does not pay.",
         traces=traces,
-        layout={"height": 400, "barmode": "group", "xaxis": _names(run), "yaxis": axis(f"time, ms ({origin})")},
+        layout={
+            "height": 400,
+            "barmode": "group",
+            "showlegend": True,
+            "xaxis": _names(run),
+            "yaxis": log_axis(title, every) if spread else axis(title, rangemode="tozero"),
+        },
     )
+
+
+def _marks(choice: Format, spread: bool) -> Data:
+    """Return bars, or points where one unit's bar would make all others too low to read."""
+    if not spread:
+        return {"type": "bar", "marker": {"color": f"@{choice}"}}
+    marker = {"size": 8, "symbol": _MARKS.get(choice, "circle-open"), "color": f"@{choice}"}
+    return {"type": "scatter", "mode": "markers", "marker": marker}
 
 
 def _times(run: Run) -> dict[Format, dict[str, float]]:

@@ -1,6 +1,6 @@
 // Draws the charts in the theme's colours, and lets units, plans and points answer to clicks.
 "use strict";
-(() => {
+(async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = matchMedia("(max-width: 760px)");
@@ -39,7 +39,7 @@
       margin: { l: 56, r: 14, t: 10, b: 48 },
       hovermode: "closest",
       hoverlabel: { align: "left", font: { size: 12 } },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: narrow.matches ? 11 : 12 } },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal", font: { size: narrow.matches ? 11 : 12 } },
       xaxis: { ...frame, ...layout.xaxis, title: title(layout.xaxis) },
       yaxis: { ...frame, ...layout.yaxis, title: title(layout.yaxis) },
     };
@@ -51,12 +51,13 @@
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
   };
 
-  const draw = () => {
+  const draw = async () => {
     const style = getComputedStyle(document.body);
     for (const chart of data.charts) {
       const place = document.getElementById(chart.name);
       const layout = { ...look(style, dressed(chart.layout, style)), height: height(chart) };
       Plotly.react(place, dressed(chart.traces, style), layout, config);
+      await new Promise((drawn) => setTimeout(drawn)); // what is on top shows before the rest is drawn
     }
   };
 
@@ -96,7 +97,7 @@
     for (const legend of document.querySelectorAll("[data-legend]")) legend.hidden = legend.dataset.legend !== mode;
   };
 
-  draw();
+  await draw();
   dark.addEventListener("change", draw);
   narrow.addEventListener("change", draw);
   cells.forEach((cell, index) => cell.addEventListener("click", () => showUnit(index)));
