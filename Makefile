@@ -41,7 +41,8 @@ fast: $(TEST_READY) ## the tests that take seconds
 real: models ## the tests on real trained models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m "real and not nightly and not gpu"
 
-nightly: models ## all tests on real trained models, the long ones too
+nightly: models ## all tests on real trained models, the long ones too, the report in a browser and the notebook
+	$(INSTALL) -e '.[nightly]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 7200 -m "(nightly or real) and not gpu"
 
 gpu: $(TEST_READY) ## on a machine with a card: its tests, then measure it and check emulation and predictions; five minutes

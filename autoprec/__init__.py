@@ -112,5 +112,18 @@ def _teach_predictions() -> None:
     set_describer(describe)
 
 
+def _teach_records() -> None:
+    """Let records show themselves in a notebook: pages are above them."""
+    from autoprec.records.shown import set_page
+
+    def page(record: Any) -> str:
+        from autoprec.report.notebook import record_html
+
+        return record_html(record)
+
+    set_page(page)
+
+
 _teach_plans()
+_teach_records()
 _teach_predictions()

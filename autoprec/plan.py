@@ -30,6 +30,7 @@ from autoprec.records import (
     PlanModel,
     PlanUnit,
     Role,
+    Shown,
     Support,
     role_formats,
 )
@@ -62,7 +63,7 @@ def set_profiler(profiler: Callable[[Any], ModelProfile]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Shown):
     """A format for every unit of a model, with ambient, stream and what training needs.
 
     Build one with `Plan.uniform`, `Plan.cast` or `Plan.load`, change it with `replace`, write it with `save`.

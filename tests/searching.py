@@ -33,6 +33,7 @@ FILES = {
     "study.journal",
     "trials.csv",
     "result.json",
+    "report.html",
     "run.lock",
 }
 RESULT_KEYS = {

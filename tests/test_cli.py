@@ -532,6 +532,13 @@ def test_search_passes_its_options_on(asked: dict[str, Any]) -> None:
     assert "trial 14" in result.stdout and "use-plan" in result.stdout
 
 
+def test_search_tells_the_report_its_command_without_a_password(asked: dict[str, Any]) -> None:
+    url = "postgresql+psycopg://me:s3cret@db.local:5432/studies"
+    autoprec_run("search", "org/m", "--budget", "2h", "--resume", "--out", "run", "--storage", url)
+    assert asked["storage"] == url
+    assert asked["command"] == "autoprec search org/m --budget 2h --storage " + "'" + url.replace("s3cret", "***") + "'"
+
+
 def test_search_json_is_the_result_alone(asked: dict[str, Any]) -> None:
     result = autoprec_run("search", "org/m", "--json")
     assert from_json(SearchResult, one_document(result.stdout), what="result") == samples.search_result()

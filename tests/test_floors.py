@@ -79,6 +79,7 @@ HOMES = {
     "torch_tensorrt": ("exporters.tensorrt",),
     "onnx": ("exporters.onnx_graph",),
     "plotly": ("report.html",),
+    "jinja2": ("report.templates",),
     "rich": ("report", "cli"),
 }
 

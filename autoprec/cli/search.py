@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from pathlib import Path
@@ -112,12 +113,13 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 resume=options["resume"],
                 progress=news,
                 spent_seconds=time.monotonic() - started,
+                command=_line(ctx, options | {"storage": _without_password(options["storage"])}),
             )
     except Interrupted as stop:
         where = stop.folder or str(folder)
         if isinstance(stop.result, SearchResult):
             _show(stop.result, Path(where), as_json=options["as_json"])
-        line = _resume_line(ctx, options, where)
+        line = _line(ctx, options, "--resume", "--out", where)
         raise Interrupted(
             f"Interrupted; what was measured is in {where}. Go on with:\n  {line}", folder=where
         ) from None
@@ -188,13 +190,19 @@ def _show(result: SearchResult, folder: Path, *, as_json: bool) -> None:
 
     console = result_console()
     print_result(console, result)
-    files = {"plan": folder / "plan.json", "result": folder / "result.json", "run folder": folder}
+    files = {"plan": folder / "plan.json", "result": folder / "result.json", "report": folder / "report.html"}
+    files["run folder"] = folder
     paths = {name: str(path) for name, path in files.items() if path.exists()}
     print_paths(console, paths | ({f"on {result.device}, to confirm": result.confirm} if result.confirm else {}))
 
 
-def _resume_line(ctx: click.Context, options: dict[str, Any], folder: str) -> str:
-    """Return the command that goes on with this search: what was typed, with --resume and the folder."""
+def _without_password(storage: str | None) -> str | None:
+    """Return a storage's URL as it may stand in a report, which is sent to others."""
+    return storage and re.sub(r"(//[^/:@]*):[^@/]*@", r"\1:***@", storage)
+
+
+def _line(ctx: click.Context, options: dict[str, Any], *more: str) -> str:
+    """Return the command of this search with its model decided: what was typed, but --resume and --out, and `more`."""
     words = ["autoprec", "search", options["model"]]
     for parameter in ctx.command.params:
         name, flag = parameter.name or "", parameter.opts[-1]
@@ -204,4 +212,4 @@ def _resume_line(ctx: click.Context, options: dict[str, Any], folder: str) -> st
             continue
         if typed or value != parameter.get_default(ctx):
             words += [flag] if value is True else [flag, str(value)]
-    return shlex.join([*words, "--resume", "--out", folder])
+    return shlex.join([*words, *more])

@@ -10,7 +10,7 @@ import click
 
 from autoprec.cli.common import json_option, print_json, result_console
 from autoprec.cli.running import model_of_run
-from autoprec.errors import AutoprecError, PlanError, StudyError
+from autoprec.errors import AutoprecError, PlanError, StudyError, UsageError
 from autoprec.files import as_json as plain_data
 from autoprec.files import from_json, read_json
 from autoprec.plan import Plan
@@ -24,12 +24,17 @@ __all__ = ["command"]
 
 @click.command("show")
 @click.argument("what", metavar="PLAN|RUN")
+@click.option("--html", "as_html", is_flag=True, help="Write the report of RUN anew, and print its path.")
 @json_option
-def command(what: str, as_json: bool) -> None:
+def command(what: str, as_html: bool, as_json: bool) -> None:
     """Show a plan, unit by unit, or what a search found.
 
-    PLAN is a plan.json; RUN is a run folder or its result.json.
+    PLAN is a plan.json; RUN is a run folder or its result.json. With --html
+    the search of a run folder need not have ended.
     """
+    if as_html:
+        _write_page(Path(what), as_json=as_json)
+        return
     from autoprec.report.terminal import print_explained, print_paths, print_plan, print_result
 
     path = _file_of(Path(what))
@@ -54,6 +59,26 @@ def command(what: str, as_json: bool) -> None:
         console.print()
         print_plan(console, Plan.load(beside))
         print_paths(console, {"plan": str(beside)})
+
+
+def _write_page(path: Path, *, as_json: bool) -> None:
+    """Write the report of a run folder, whatever state its search is in, and print where it is."""
+    if as_json:
+        raise UsageError("--html writes a file and --json prints; give one of them")
+    folder = path.parent if path.name == "result.json" else path
+    if not folder.is_dir():
+        raise UsageError(f"--html makes the report of a run folder, and {path} is none. Give the folder of a search.")
+    if not any((folder / name).exists() for name in ("result.json", "study.journal", "trials.csv")):
+        raise StudyError(f"{folder} holds no measurements, so there is nothing to report. Give the folder of a search.")
+    from autoprec.report.html import write_report
+    from autoprec.report.terminal import print_paths
+    from autoprec.study.reading import read_run
+
+    run, page = read_run(folder), folder / "report.html"
+    if not run.rows:
+        raise StudyError(f"{folder} holds no measurement that can be read: {'; '.join(run.faults) or 'none was made'}")
+    write_report(page, run)
+    print_paths(result_console(), {"report": str(page)})
 
 
 def _next(console: Console, path: Path) -> None:

@@ -21,7 +21,7 @@ from autoprec.recommender.arguments import training_arguments
 from autoprec.recommender.features import unit_facts
 from autoprec.recommender.figures import expected_figures, memory_figures, step_figures
 from autoprec.recommender.notes import around_the_plan
-from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin
+from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin, Shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ _PROBE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recommendation:
+class Recommendation(Shown):
     """A plan with the training arguments that go with it, the reasons, and what memory and speed to expect."""
 
     plan: Plan

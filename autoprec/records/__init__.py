@@ -25,11 +25,13 @@ from autoprec.records.searched import (
     Progress,
     Removal,
     SearchResult,
+    SearchSetting,
     Step,
     Verdict,
     VerdictDecision,
 )
 from autoprec.records.sensitivity import Method, SensitivityProfile, UnitDrop, UnitNumerics
+from autoprec.records.shown import Shown
 from autoprec.records.speed import Arrival, SpeedProfile, UnitTime
 from autoprec.records.trained import TrainedArm, TrainingConfirmation, TrainingCurve, TrainingVerdict
 from autoprec.records.verified import Check, CheckOutcome, Verification
@@ -83,7 +85,9 @@ __all__ = [
     "Removal",
     "Role",
     "SearchResult",
+    "SearchSetting",
     "SensitivityProfile",
+    "Shown",
     "SpeedProfile",
     "Step",
     "Support",

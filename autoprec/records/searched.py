@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
 from autoprec.formats import Format
 from autoprec.records.figures import STRICT, Estimate
 from autoprec.records.measured import Measurement, Mode
+from autoprec.records.memory import MemoryBreakdown
+from autoprec.records.shown import Shown
 from autoprec.records.trained import TrainingConfirmation
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Progress",
     "Removal",
     "SearchResult",
+    "SearchSetting",
     "Step",
     "Verdict",
     "VerdictDecision",
@@ -126,7 +129,31 @@ class LargestBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SearchResult:
+class SearchSetting:
+    """How a search was asked for, and what it ran on; kept from its first step on."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    #: the line typed; None for a search from Python
+    command: str | None
+    #: local time with its zone, ISO 8601
+    started: str
+    max_drop: str
+    budget_seconds: float
+    seed: int
+    batches: int
+    #: of those, kept back for confirmation
+    unseen_batches: int
+    batch_size: int
+    #: tokens an example
+    seq_len: int
+    #: what was chosen about the data by the library
+    data: tuple[str, ...]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult(Shown):
     """All that a search found (`result.json`); `chosen` is an index of `front`, or None for do-nothing.
 
     `predicted_bound` says how far the space was searched: `step_ms`, which no plan of it with a drop of at most `drop`
@@ -160,6 +187,11 @@ class SearchResult:
     notes: tuple[str, ...] = ()
     #: what to run on a device that was not here, to confirm what is emulated and predicted
     confirm: str | None = None
+    setting: SearchSetting | None = None
+    #: of FP32, the best uniform plan and the chosen one, by name, where the memory model knows the model; without units
+    memory: Mapping[str, MemoryBreakdown] = field(default_factory=dict)
+    #: of a device that is not here: what each unit takes where all are in one format, predicted
+    unit_ms: Mapping[Format, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

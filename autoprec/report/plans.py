@@ -16,7 +16,7 @@ from autoprec.report.figures import bytes_text, format_counts, interval, megabyt
 from autoprec.report.grouping import Run, few, runs, short_modules, span
 from autoprec.report.layout import INDENT, Column, print_facts, print_heading, print_table
 
-__all__ = ["fact_lines", "print_plan", "print_recommendation"]
+__all__ = ["fact_lines", "print_plan", "print_recommendation", "settings"]
 
 
 def print_plan(console: Console, plan: Plan, *, every_unit: bool = False, modules: bool = False) -> None:
@@ -39,7 +39,7 @@ def print_plan(console: Console, plan: Plan, *, every_unit: bool = False, module
         print_table(console, [("", "left"), ("", "left")], [(run.name, _modules(run)) for run in groups])
         print_heading(console, "What runs")
         print_table(console, [("", "left"), ("", "left")], _meanings(plan))
-    print_facts(console, "Settings", _settings(plan))
+    print_facts(console, "Settings", settings(plan))
     if plan.training_arguments:
         print_facts(console, "TrainingArguments", {k: repr(v) for k, v in plan.training_arguments.items()}, "=")
     evidence = _evidence(plan)
@@ -95,16 +95,17 @@ def _around(ambient: Format) -> str:
     return "fp32, autocast off" if ambient is Format.FP32 else f"autocast to {ambient}"
 
 
-def _settings(plan: Plan) -> dict[str, str]:
+def settings(plan: Plan) -> dict[str, str]:
+    """Return what a plan sets beside its units' formats, in words."""
     scaler = plan.grad_scaler
-    settings = {
+    found = {
         "formats": format_counts(plan.assignment),
         "ambient": str(plan.ambient),
         "stream": str(plan.stream),
         "tf32": "on" if plan.tf32 else "off",
         "gradient scaler": f"starts at {scaler.init_scale:g}" if scaler else "none",
     }
-    return settings | ({"fp8 recipe": str(plan.fp8_recipe)} if plan.fp8_recipe else {})
+    return found | ({"fp8 recipe": str(plan.fp8_recipe)} if plan.fp8_recipe else {})
 
 
 def _evidence(plan: Plan) -> dict[str, str]:

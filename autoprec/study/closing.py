@@ -12,7 +12,8 @@ from autoprec.errors import Interrupted
 from autoprec.files import as_json
 from autoprec.plan import Plan
 from autoprec.quantities import duration_text
-from autoprec.records import Explained, LargestBatch, Measurement, SearchResult
+from autoprec.records import Explained, LargestBatch, Measurement, MemoryBreakdown, SearchResult
+from autoprec.study.appendix import memory_of, unit_times
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import RECOMMENDED, Course
 from autoprec.study.explain import explain
@@ -102,6 +103,9 @@ def _finish(course: Course) -> SearchResult:
         largest_batches=_largest_batches(course, outcome),
         notes=tuple(filter(None, (*course.notes, course.unconfirmed))),
         confirm=_on_the_card(course, outcome.best),
+        setting=course.setting,
+        memory=_memory(course, outcome),
+        unit_ms=unit_times(course.forecast),
     )
     course.folder.write("result.json", as_json(result))
     course.news("done", outcome.verdict.text)
@@ -140,6 +144,13 @@ def _largest_batches(course: Course, outcome: Outcome) -> tuple[LargestBatch, ..
     plans = {m.name: (m, _plan_of(course, m)) for m in (*kept, *outcome.front)}
     rows, length = course.workload.batch_shape
     return tuple(largest_batches(course.workload, course.space, course.device, plans, rows, length))
+
+
+def _memory(course: Course, outcome: Outcome) -> dict[str, MemoryBreakdown]:
+    """Return what holds the memory of FP32, the best uniform plan and the chosen one."""
+    shown = {REFERENCE, outcome.verdict.best_uniform, outcome.best.name if outcome.best else None}
+    plans = {m.name: _plan_of(course, m) for m in course.measured() if m.name in shown and m.assignment}
+    return memory_of(course.workload, course.space.profile, course.device, plans)
 
 
 def _plan_of(course: Course, found: Measurement) -> Plan:

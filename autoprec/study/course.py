@@ -27,6 +27,7 @@ from autoprec.records import (
     DeviceProfile,
     Measurement,
     Progress,
+    SearchSetting,
     SensitivityProfile,
     SpeedProfile,
     TrainingConfirmation,
@@ -86,6 +87,7 @@ class Course:
     folder: RunFolder
     tell: News
     seed: int
+    setting: SearchSetting
     #: batches that only confirmation sees; None where there are too few
     unseen: Workload | None
     #: of one batch
@@ -124,6 +126,7 @@ class Course:
                 "data": self.workload.data_digest(),
                 "device": self.device.name,
             },
+            setting=self.setting,
             limit=self.limit,
             resume=resume,
         )

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 #: what a search writes before its first measurement, and after it
 _EARLY = {"run.lock", "device.json", "units.json", "sensitivity.json", "speed.json", "study.journal"}
-_LATE = {"trials.csv", "result.json", "plan.json"}
+_LATE = {"trials.csv", "result.json", "plan.json", "report.html"}
 
 
 class RunFolder:

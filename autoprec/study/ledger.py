@@ -19,11 +19,11 @@ from autoprec.errors import StudyError, first_line
 from autoprec.files import as_json, from_json
 from autoprec.formats import Format
 from autoprec.quantities import DropLimit
-from autoprec.records import Measurement
+from autoprec.records import Measurement, SearchSetting
 from autoprec.study.folder import Row, RunFolder, fail_dead_trials, trials_csv
 from autoprec.study.sampler import Believed, FrontSampler
 
-__all__ = ["Ledger", "open_ledger"]
+__all__ = ["Ledger", "known_of", "open_ledger"]
 
 _BASELINE = "baseline "
 
@@ -36,9 +36,8 @@ class Ledger:
 
     def __init__(self, study: optuna.Study, limit: DropLimit, table: Path) -> None:
         self.study, self.limit, self._table = study, limit, table
-        self.rows = list(_earlier(study))
+        self.reference, _, self.rows = known_of(study)
         known = study.user_attrs
-        self.reference = _measurement(known["reference"]) if "reference" in known else None
         #: seconds and evaluations of the runs before this one
         self.before: Mapping[str, float] = known.get("spent", {"seconds": 0.0, "evaluations": 0})
 
@@ -172,6 +171,7 @@ def open_ledger(
     *,
     name: str,
     identity: Mapping[str, Any],
+    setting: SearchSetting,
     limit: DropLimit,
     resume: bool,
 ) -> Ledger:
@@ -181,6 +181,7 @@ def open_ledger(
         folder: has the study's journal where there is no other `storage`.
         name: of the study in its storage.
         identity: what must be equal for figures to compare.
+        setting: how the search was asked for; of a resumed one the last time.
 
     Raises:
         StudyError: the storage cannot be opened, or holds a search of something else, or this one without `resume`.
@@ -205,6 +206,7 @@ def open_ledger(
                 f"the search in {place} was made with another {differ}; its figures do not compare. "
                 "Use the same model, data and space, or choose another folder with --out."
             )
+        study.set_user_attr("setting", as_json(setting))
         fail_dead_trials(study)
         ledger = Ledger(study, limit, folder.path / "trials.csv")
     except DuplicatedStudyError:
@@ -215,6 +217,19 @@ def open_ledger(
             "--storage out for a journal in the run folder."
         ) from error
     return ledger
+
+
+def known_of(study: optuna.Study) -> tuple[Measurement | None, SearchSetting | None, list[Row]]:
+    """Return what a study holds: the reference, how it was asked for (None in old studies), and all that was measured.
+
+    Raises:
+        StudyError: one of its records cannot be read.
+    """
+    known = study.user_attrs
+    reference = _measurement(known["reference"]) if "reference" in known else None
+    asked = known.get("setting")
+    setting = None if asked is None else from_json(SearchSetting, asked, what="the study's setting", error=StudyError)
+    return reference, setting, list(_earlier(study))
 
 
 def _earlier(study: optuna.Study) -> Iterator[Row]:

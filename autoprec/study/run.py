@@ -29,6 +29,7 @@ from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.recommender.recommender import recommend_plan
 from autoprec.records import DeviceProfile, FormatSupport, Mode, Progress, SearchResult, Support
 from autoprec.runtime.fp8 import fp8_missing
+from autoprec.study.appendix import setting_of
 from autoprec.study.away import absent_device, forecast_of
 from autoprec.study.baselines import baselines
 from autoprec.study.budget import Budget, first_look
@@ -36,6 +37,7 @@ from autoprec.study.closing import carry_out
 from autoprec.study.confirming import split
 from autoprec.study.course import Candidates, Course, News
 from autoprec.study.folder import RunFolder
+from autoprec.study.live import LiveReport
 from autoprec.study.space import build_space
 
 __all__ = ["search"]
@@ -60,6 +62,7 @@ def search(
     resume: bool = False,
     progress: News | None = None,
     spent_seconds: float = 0.0,
+    command: str | None = None,
 ) -> SearchResult:
     """Search for the fastest assignment of formats whose drop is within a limit, by measuring.
 
@@ -79,6 +82,7 @@ def search(
         resume: go on with the search in `out`; a folder without one starts.
         progress: called with news as they come.
         spent_seconds: of the budget, used before the call, as by loading the model.
+        command: the line that asked for this search, for its report.
 
     Raises:
         StudyError: folder or storage is in use, holds another search, or cannot be written; or the budget is too
@@ -98,7 +102,8 @@ def search(
                     f"run folder {path} holds a search already. Go on with it by --resume, "
                     "or choose another folder with --out."
                 )
-            run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed, away)
+            tell = LiveReport(path, progress or (lambda _: None))
+            run = _prepare(workload, clock, limit, space, folder, tell, seed, away, command)
             return carry_out(run, storage, resume, trials)
         finally:
             folder.discard_if_new()
@@ -113,6 +118,7 @@ def _prepare(
     tell: News,
     seed: int,
     away: DeviceProfile | None,
+    command: str | None,
 ) -> Course:
     """Probe device and model, build the space and the plans to start with, and check that the budget holds them.
 
@@ -161,6 +167,9 @@ def _prepare(
         folder=folder,
         tell=tell,
         seed=seed,
+        setting=setting_of(
+            workload, unseen, device, command=command, limit=limit, budget_seconds=budget.seconds, seed=seed
+        ),
         forecast=forecast,
         notes=[] if forecast is None else _assumptions(forecast, here),
     )
