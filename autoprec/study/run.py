@@ -60,6 +60,7 @@ def search(
     resume: bool = False,
     progress: News | None = None,
     spent_seconds: float = 0.0,
+    learn: bool = True,
 ) -> SearchResult:
     """Search for the fastest assignment of formats whose drop is within a limit, by measuring.
 
@@ -79,6 +80,8 @@ def search(
         resume: go on with the search in `out`; a folder without one starts.
         progress: called with news as they come.
         spent_seconds: of the budget, used before the call, as by loading the model.
+        learn: when it is finished, its units go into the user's own table (below XDG_DATA_HOME; shapes and figures, no
+            names), from which `recommend` learns.
 
     Raises:
         StudyError: folder or storage is in use, holds another search, or cannot be written; or the budget is too
@@ -99,7 +102,7 @@ def search(
                     "or choose another folder with --out."
                 )
             run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed, away)
-            return carry_out(run, storage, resume, trials)
+            return carry_out(run, storage, resume, trials, learn)
         finally:
             folder.discard_if_new()
 
