@@ -47,7 +47,7 @@ _MEMORY = (
     "--seq-len", metavar="N", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens an example."
 )
 @max_drop_option
-@click.option("--explain", is_flag=True, help="Every unit on its own, memory and expectations too, and the decision tree.")
+@click.option("--explain", is_flag=True, help="Every unit, all of memory and expectations, and the decision tree.")
 @click.option("--out", metavar="DIR", default=".", show_default=True, help="Folder for plan.json.")
 @json_option
 def command(

@@ -6,7 +6,7 @@ most, is summed, and units are promoted in order of least time lost for the drop
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from autoprec.formats import Format, Fp8Recipe
@@ -141,10 +141,8 @@ def within(
     promoted = set()
     while total > allowed:
         best, least = None, float("inf")
-        for name, own in counted.items():
-            if chosen[name] is Format.FP32:
-                continue
-            wider = found.half if chosen[name] is Format.FP8 else Format.FP32
+        for name, wider in _promotions(chosen, counted, found.half):
+            own = counted[name]
             saved = own.get(chosen[name], 0.0) - own.get(wider, 0.0)
             lost = found.seconds[name].get(wider, 0.0) - found.seconds[name].get(chosen[name], 0.0)
             if saved > 0 and lost / saved < least:
@@ -154,6 +152,15 @@ def within(
         chosen[best[0]], total = best[1], total - best[2]
         promoted.add(best[0])
     return Within(assignment=chosen, drop=max(total, 0.0), promoted=frozenset(promoted))
+
+
+def _promotions(chosen: Mapping[str, Format], counted: Collection[str], half: Format) -> Iterator[tuple[str, Format]]:
+    """Yield every unit that could be promoted, with each wider format."""
+    for name in counted:
+        if chosen[name] is Format.FP8:
+            yield name, half
+        if chosen[name] is not Format.FP32:
+            yield name, Format.FP32
 
 
 def fp8_barrier(fact: UnitFacts, here: Situation) -> str:

@@ -146,6 +146,8 @@ def _drops(own: pandas.DataFrame, every: pandas.DataFrame) -> dict[str, dict[str
         if known.empty:
             continue
         table = {"": known[column].quantile(_QUANTILE)}
-        table |= {role: part.quantile(_QUANTILE) for role, part in known.groupby("role")[column] if len(part) >= 20}
+        table |= {
+            str(role): part.quantile(_QUANTILE) for role, part in known.groupby("role")[column] if len(part) >= 20
+        }
         found[choice] = {role: float(f"{value:.3g}") for role, value in table.items()}
     return found
