@@ -14,7 +14,7 @@ DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs fast real nightly gpu bench bench-predict bench-search bench-sensitivity models catalogue clean
+.PHONY: help demo test lint types docs fast real nightly gpu tree bench bench-predict bench-search bench-sensitivity models catalogue clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-18s", $$2; $$1 = $$2 = ""; print $$0}'
@@ -58,6 +58,11 @@ bench-sensitivity: models ## predicted drops against the recorded true ones, and
 bench-search: models ## samplers on an exhaustive truth, and the verdict's error rates, simulated; half an hour
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_sampler.py
 	$(BIN)/python benchmarks/bench_verdict.py
+
+tree: models ## train small models, solve fronts, and write profiles/runs/ and profiles/tree.json anew; an hour
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/small_models.py
+	$(BIN)/python benchmarks/tree_table.py
+	$(BIN)/python benchmarks/bench_regret.py
 
 bench-predict: $(TEST_READY) ## predicted times against public measurements in $$AUTOPREC_PUBLIC_DATA, each card left out; three minutes
 	$(BIN)/python benchmarks/bench_predict.py

@@ -73,7 +73,7 @@ NEIGHBOURS = {
 HOMES = {
     "optuna": ("study",),
     "sklearn": ("recommender.tree",),
-    "pandas": ("catalog", "report"),
+    "pandas": ("catalog", "report", "recommender.table"),
     "click": ("cli",),
     "torchao": ("runtime.fp8", "runtime.optimizers"),
     "torch_tensorrt": ("exporters.tensorrt",),

@@ -6,6 +6,7 @@ measurements by hand.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Callable
@@ -38,6 +39,8 @@ from autoprec.errors import StudyError
 from autoprec.files import from_json, read_json
 from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
+from autoprec.recommender.learned import current_tree, shipped_tree
+from autoprec.recommender.table import user_table
 from autoprec.records import (
     DeviceProfile,
     Measurement,
@@ -389,3 +392,28 @@ def test_a_storage_that_cannot_be_opened_leaves_nothing(tmp_path: Path, url: str
     with pytest.raises(StudyError, match=r"storage .* cannot be opened: .*sqlite:///study\.db"):
         search(workload(), budget=300, trials=1, out=tmp_path / "run", storage=url)
     assert names_of(tmp_path) == set()
+
+
+# what a search teaches
+
+
+def test_a_finished_search_teaches_the_recommender_unless_told_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    search(workload(), budget=300, trials=1, out=tmp_path / "first", learn=False)
+    assert not user_table().exists()
+    news = list[Progress]()
+    result = search(workload(), budget=300, trials=1, out=tmp_path / "second", progress=news.append)
+    rows = list(csv.DictReader(user_table().read_text().splitlines()))
+    # two blocks of two units and the head: those the tree is asked about
+    assert len(rows) == 5 and f"5 units added to {user_table()}" in news[-1].message
+    assert {row["role"] for row in rows} == {"attention", "ffn", "lm_head"}
+    assert {row["origin"] for row in rows} == {"search"} and {row["group"] for row in rows} == {""}
+    best = result.reference if result.chosen is None else result.front[result.chosen]
+    low = [f is not Format.FP32 for n, f in best.assignment.items() if "embed" not in n]
+    assert sorted(row["label"] != "fp32" for row in rows) == sorted(low)
+    assert all(float(row["drop_bf16"]) > 0 and row["drop_fp8"] == "" for row in rows)
+    text = user_table().read_text()
+    assert "tiny" not in text and "GPT2" not in text  # shapes and figures only
+    assert current_tree().rows == shipped_tree().rows + 5

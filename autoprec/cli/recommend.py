@@ -47,7 +47,7 @@ _MEMORY = (
     "--seq-len", metavar="N", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens an example."
 )
 @max_drop_option
-@click.option("--explain", is_flag=True, help="Every unit on its own, memory and expectations too.")
+@click.option("--explain", is_flag=True, help="Every unit, all of memory and expectations, and the decision tree.")
 @click.option("--out", metavar="DIR", default=".", show_default=True, help="Folder for plan.json.")
 @json_option
 def command(
@@ -100,6 +100,12 @@ def command(
         memory={name: fact for name, fact in document["memory"].items() if explain or name in _MEMORY},
         expected=document["expected"] if explain else _short(document["expected"]),
     )
+    if explain:
+        from autoprec.recommender.learned import current_tree
+        from autoprec.recommender.tree import tree_lines
+
+        for line in tree_lines(current_tree()):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     print_paths(console, {"plan": str(path)})
     if advice.plan.device.origin is Origin.MEASURED:
         where = "" if device == "auto" else f" --device {shlex.quote(device)}"

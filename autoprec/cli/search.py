@@ -69,6 +69,7 @@ _WORKLOAD = (
 @click.option("--storage", metavar="URL", show_default="a journal in the run folder", help="Optuna storage.")
 @click.option("--resume", is_flag=True, help="Go on with --out, or with the model's newest run here.")
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed of data order and sampling.")
+@click.option("--no-learn", is_flag=True, help="Keep what is found out of the table `recommend` learns from.")
 @click.option("--out", metavar="DIR", show_default="autoprec-runs/<time>-<model>", help="Run folder.")
 @json_option
 @click.pass_context
@@ -111,6 +112,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 seed=options["seed"],
                 out=folder,
                 resume=options["resume"],
+                learn=not options["no_learn"],
                 progress=news,
                 spent_seconds=time.monotonic() - started,
                 command=_line(ctx, options | {"storage": _without_password(options["storage"])}),

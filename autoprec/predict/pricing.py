@@ -9,14 +9,14 @@ from autoprec.predict.card import Card, Units
 from autoprec.predict.gemm import gemm_seconds
 from autoprec.predict.kernels import Kernel, Kind, Phase
 
-__all__ = ["Priced", "Pricer"]
+__all__ = ["OVERLAP", "Priced", "Pricer"]
 
 #: bytes an element of a matmul's operands
 _WIDTHS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 #: FP8 products write 16-bit results
 _LEAST_OUT = 2
 #: busy device and busy host overlap but not wholly: a norm of this order joins them
-_OVERLAP = 4
+OVERLAP = 4
 
 
 @dataclass(slots=True)
@@ -69,12 +69,17 @@ class Pricer:
         )
         return self.price(repeated)
 
+    @property
+    def launch_seconds(self) -> float:
+        """What the host needs to launch a kernel."""
+        family = self.card.family
+        return family.compiled_seconds if self.compiled else family.eager_seconds
+
     def step_seconds(self, priced: Priced) -> dict[Phase, float]:
         """Return the seconds of each phase: the device's, or the host's where that takes longer."""
-        family = self.card.family
-        each = family.compiled_seconds if self.compiled else family.eager_seconds
+        each = self.launch_seconds
         return {
-            phase: (busy**_OVERLAP + (each * priced.launches[phase]) ** _OVERLAP) ** (1 / _OVERLAP)
+            phase: (busy**OVERLAP + (each * priced.launches[phase]) ** OVERLAP) ** (1 / OVERLAP)
             for phase, busy in priced.device.items()
         }
 

@@ -28,7 +28,7 @@ from autoprec.predict.work import rest_kernels, unit_kernels
 from autoprec.predict.workparts import Work
 from autoprec.records import DeviceProfile, Estimate, Mode, ModelFacts, ModelProfile, Origin
 
-__all__ = ["StepTime", "gemm_ms", "predict_step", "step_ms", "step_time"]
+__all__ = ["StepTime", "gemm_ms", "predict_step", "priced_units", "step_ms", "step_time"]
 
 #: share of a card's memory from which steps were seen to slow down (NeuSight's GPT-2 large on MI210 and MI250, whose
 #: forward took three times as long at 4 sequences, with 64 GB nearly full)
@@ -200,7 +200,7 @@ def predict_step(
         shape=shape, recipe=_recipe(plan), delayed=delayed_scaling, accumulates=accumulates, with_loss=with_loss
     )
     total, units = Priced(), {}
-    for unit_name, priced in _priced_units(work, pricer):
+    for unit_name, priced in priced_units(work, pricer):
         total.add(priced)
         units[unit_name] = 1e3 * sum(priced.device.values())
     total.add(pricer.price(rest_kernels(work)))
@@ -227,7 +227,7 @@ def predict_step(
     )
 
 
-def _priced_units(work: Work, pricer: Pricer) -> Iterator[tuple[str, Priced]]:
+def priced_units(work: Work, pricer: Pricer) -> Iterator[tuple[str, Priced]]:
     """Yield the price of each unit, equal ones worked out once."""
     shape, known = work.shape, {}
     for unit in shape.profile.units:

@@ -40,6 +40,19 @@ class UnitFacts:
     block: tuple[str, int] | None
     #: the block is the first or the last of its stack
     edge: bool
+    #: blocks of its stack; 0 outside the blocks
+    blocks: int = 0
+
+    @property
+    def depth(self) -> float:
+        """Place in the stack, from 0 to 1; 1 outside the blocks, where the head is."""
+        return 1.0 if self.block is None or self.blocks < 2 else self.block[1] / (self.blocks - 1)
+
+    @property
+    def stack_end(self) -> str:
+        """Which stack its block is in, as far as models share a word for it."""
+        name = self.block[0] if self.block else ""
+        return next((word for word in ("encoder", "decoder") if word in name), "")
 
     @property
     def parameters(self) -> int:
@@ -60,7 +73,8 @@ def unit_facts(profile: ModelProfile) -> dict[str, UnitFacts]:
     for unit in profile.units:
         own = tuple(leaves[m] for m in unit.modules if m in leaves and leaves[m].kind in _GEMMS)
         place = places[unit.name]
-        facts[unit.name] = UnitFacts(unit, own, place, place is not None and place[1] in ends[place[0]])
+        count = 0 if place is None else ends[place[0]][1] + 1
+        facts[unit.name] = UnitFacts(unit, own, place, place is not None and place[1] in ends[place[0]], count)
     return facts
 
 

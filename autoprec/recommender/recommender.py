@@ -14,13 +14,16 @@ from autoprec.errors import ModelError, UsageError
 from autoprec.formats import Format
 from autoprec.plan import Plan
 from autoprec.predict.memory import setup_of
-from autoprec.predict.setup import Checkpointing, Setup, TrainMethod, choice_of
+from autoprec.predict.setup import Checkpointing, Optimizer, Setup, TrainMethod, choice_of
 from autoprec.quantities import DropLimit
-from autoprec.recommender.advice import Situation, base_choice, fp8_recipe, tf32_choice, unit_choice
+from autoprec.recommender.advice import Situation, base_choice, fp8_recipe, tf32_choice
 from autoprec.recommender.arguments import training_arguments
+from autoprec.recommender.choice import unit_choices
 from autoprec.recommender.features import unit_facts
 from autoprec.recommender.figures import expected_figures, memory_figures, step_figures
+from autoprec.recommender.learned import current_tree
 from autoprec.recommender.notes import around_the_plan
+from autoprec.recommender.tree import Tree
 from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin, Shown
 
 if TYPE_CHECKING:
@@ -88,7 +91,18 @@ def recommend(
             raise UsageError(f"{name} must be 1 or more, got {value}")
     profile, model_facts, note = _described(model_or_id)
     known = device if isinstance(device, DeviceProfile) else _device_profile(device)
-    plan = recommend_plan(profile, known, mode=step, batch_size=batch_size, seq_len=seq_len, method=way, max_drop=limit)
+    tree = current_tree()
+    plan = recommend_plan(
+        profile,
+        known,
+        mode=step,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        method=way,
+        max_drop=limit,
+        model_facts=model_facts,
+        tree=tree,
+    )
     facts = unit_facts(profile)
     setup = setup_of(plan, batch_size, seq_len, step, method=way, device_kind=known.kind)
     memory = memory_figures(profile, plan, known, setup, model_facts)
@@ -99,6 +113,7 @@ def recommend(
         tf32_choice(here)[1],
         *around_the_plan(plan, facts, known, memory, way, here.tokens, checkpointing),
         *([note] if note else []),
+        *tree.notes,
     )
     arguments = training_arguments(
         plan,
@@ -125,8 +140,14 @@ def recommend_plan(
     seq_len: int,
     method: str = "full",
     max_drop: str | float | DropLimit = "0.25%",
+    model_facts: ModelFacts | None = None,
+    tree: Tree | None = None,
 ) -> Plan:
-    """Return the plan the rules give, each unit with its reason; a pure function of its arguments.
+    """Return the plan that rules of practice and the decision tree give, each unit with its reason.
+
+    Args:
+        model_facts: of the model's configuration; without it heads are taken to be 64 wide.
+        tree: None: the one that counts here (`current_tree`). Given, this is a pure function of its arguments.
 
     Raises:
         ModelError: some leaf of the model is in no unit.
@@ -140,7 +161,15 @@ def recommend_plan(
     way = choice_of(TrainMethod, method, "method")
     here = _situation(profile, device, mode, batch_size * seq_len, DropLimit.parse(max_drop), way)
     base = base_choice(here)
-    choices = {name: unit_choice(facts, base, here) for name, facts in unit_facts(profile).items()}
+    setup = Setup(
+        mode=mode,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        method=way,
+        optimizer=Optimizer.ADAMW if mode is Mode.TRAIN else None,
+        device_kind=device.kind,
+    )
+    choices = unit_choices(profile, unit_facts(profile), model_facts, setup, base, here, tree or current_tree())
     formats = {name: choice.format for name, choice in choices.items()}
     return Plan.assign(
         profile,

@@ -20,6 +20,7 @@ from autoprec.study.explain import explain
 from autoprec.study.finalists import trained_worse
 from autoprec.study.front import pareto_front
 from autoprec.study.larger import largest_batches
+from autoprec.study.lessons import learn
 from autoprec.study.outcome import Outcome, evidence, on_one_clock, outcome_of
 from autoprec.study.verdict import REFERENCE, wanted
 
@@ -169,8 +170,14 @@ def _plan_of(course: Course, found: Measurement) -> Plan:
     )
 
 
-def carry_out(course: Course, storage: str | BaseStorage | None, resume: bool, trials: int | None) -> SearchResult:
-    """Measure until the budget is spent, and return the result, which is written by then."""
+def carry_out(
+    course: Course, storage: str | BaseStorage | None, resume: bool, trials: int | None, teach: bool = False
+) -> SearchResult:
+    """Measure until the budget is spent, and return the result, which is written by then.
+
+    Args:
+        teach: what was found goes into the user's own table, for the recommender.
+    """
     course.ledger = course.open(storage, resume)
     try:
         course.probe()
@@ -186,4 +193,8 @@ def carry_out(course: Course, storage: str | BaseStorage | None, resume: bool, t
             folder=str(where),
             result=_finish(course) if course.ledger.reference else None,
         ) from None
-    return _finish(course)
+    result = _finish(course)
+    if teach:
+        best = result.reference if result.chosen is None else result.front[result.chosen]
+        course.news("done", learn(course, best.assignment))
+    return result

@@ -62,6 +62,7 @@ def search(
     resume: bool = False,
     progress: News | None = None,
     spent_seconds: float = 0.0,
+    learn: bool = True,
     command: str | None = None,
 ) -> SearchResult:
     """Search for the fastest assignment of formats whose drop is within a limit, by measuring.
@@ -82,6 +83,8 @@ def search(
         resume: go on with the search in `out`; a folder without one starts.
         progress: called with news as they come.
         spent_seconds: of the budget, used before the call, as by loading the model.
+        learn: when it is finished, its units go into the user's own table (below XDG_DATA_HOME; shapes and figures, no
+            names), from which `recommend` learns.
         command: the line that asked for this search, for its report.
 
     Raises:
@@ -104,7 +107,7 @@ def search(
                 )
             tell = LiveReport(path, progress or (lambda _: None))
             run = _prepare(workload, clock, limit, space, folder, tell, seed, away, command)
-            return carry_out(run, storage, resume, trials)
+            return carry_out(run, storage, resume, trials, learn)
         finally:
             folder.discard_if_new()
 
