@@ -13,7 +13,7 @@ from autoprec.quantities import DropLimit
 from autoprec.recommender.features import UnitFacts, bandwidth, fp8_seconds, gemm_seconds, rate_tflops
 from autoprec.records import DeviceProfile, Leaf, Mode, Role, Support
 
-__all__ = ["Choice", "Situation", "base_choice", "fp8_recipe", "tf32_choice", "unit_choice"]
+__all__ = ["Choice", "Situation", "base_choice", "fp8_recipe", "overflows_fp16", "tf32_choice", "unit_choice"]
 
 #: matmuls that torchao's filter finds too small for FP8 may do at most this share of a unit's work: the k and v
 #: projections of grouped queries (a fifth of Llama's attention) do not keep q and o from it
@@ -126,6 +126,11 @@ def fp8_recipe(device: DeviceProfile) -> Fp8Recipe | None:
     if Fp8Recipe.TENSORWISE in device.fp8_recipes:
         return Fp8Recipe.TENSORWISE
     return device.fp8_recipes[0] if device.fp8_recipes else None
+
+
+def overflows_fp16(class_name: str) -> bool:
+    """Say whether a class belongs to a family known to leave FP16's range somewhere."""
+    return any(part in class_name for part in _FP16_OVERFLOW)
 
 
 def _overflows(role: Role | None, class_name: str) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoprec.errors import ModelError, UsageError
@@ -16,12 +17,17 @@ from autoprec.plan import Plan
 from autoprec.predict.memory import setup_of
 from autoprec.predict.setup import Checkpointing, Setup, TrainMethod, choice_of
 from autoprec.quantities import DropLimit
-from autoprec.recommender.advice import Situation, base_choice, fp8_recipe, tf32_choice, unit_choice
+from autoprec.recommender.advice import Choice, Situation, base_choice, fp8_recipe, tf32_choice, unit_choice
 from autoprec.recommender.arguments import training_arguments
+from autoprec.recommender.changes import change_figures
 from autoprec.recommender.features import unit_facts
 from autoprec.recommender.figures import expected_figures, memory_figures, step_figures
-from autoprec.recommender.notes import around_the_plan
-from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin
+from autoprec.recommender.neighbours import Pricing, neighbour_figures
+from autoprec.recommender.rule import Advice, Case
+from autoprec.recommender.rules import advice_for
+from autoprec.recommender.script import script_text
+from autoprec.recommender.snippet import snippet_text
+from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin, Role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +47,17 @@ class Recommendation:
     reasons: tuple[str, ...]
     memory: Mapping[str, Any]
     expected: Mapping[str, Any]
+    #: the rules behind the reasons, with topic, weight and source
+    advice: tuple[Advice, ...] = ()
+    #: the next plan to either side: what changes, and the predicted cost or gain
+    safer: Mapping[str, Any] = field(default_factory=dict)
+    faster: Mapping[str, Any] = field(default_factory=dict)
+    #: other conditions under which the answer would be another
+    changes: tuple[Mapping[str, Any], ...] = ()
+    #: code that puts the plan in force
+    snippet: str = ""
+    #: a program that runs beside plan.json and training_arguments.json
+    script: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the recommendation as plain JSON data (schema `autoprec/recommendation@1`)."""
@@ -51,6 +68,11 @@ class Recommendation:
             "reasons": list(self.reasons),
             "memory": dict(self.memory),
             "expected": dict(self.expected),
+            "advice": [one.to_json() for one in self.advice],
+            "safer": dict(self.safer),
+            "faster": dict(self.faster),
+            "changes": [dict(change) for change in self.changes],
+            "snippet": self.snippet,
         }
 
 
@@ -87,31 +109,55 @@ def recommend(
             raise UsageError(f"{name} must be 1 or more, got {value}")
     profile, model_facts, note = _described(model_or_id)
     known = device if isinstance(device, DeviceProfile) else _device_profile(device)
-    plan = recommend_plan(profile, known, mode=step, batch_size=batch_size, seq_len=seq_len, method=way, max_drop=limit)
+    planner = partial(recommend_plan, profile, mode=step, seq_len=seq_len, method=way)
+    plan = planner(known, batch_size=batch_size, max_drop=limit)
     facts = unit_facts(profile)
     setup = setup_of(plan, batch_size, seq_len, step, method=way, device_kind=known.kind)
     memory = memory_figures(profile, plan, known, setup, model_facts)
-    checkpointing = memory["checkpointing"] != "none"
     here = _situation(profile, known, step, batch_size * seq_len, limit, way)
-    reasons = (
-        base_choice(here).reason,
-        tf32_choice(here)[1],
-        *around_the_plan(plan, facts, known, memory, way, here.tokens, checkpointing),
-        *([note] if note else []),
+    fitted = _stepped(setup, memory)
+    expected = expected_figures(plan, facts, known, here.tokens)
+    expected |= step_figures(profile, plan, known, fitted, model_facts)
+    advice = advice_for(
+        Case(
+            plan=plan,
+            facts=facts,
+            device=known,
+            method=way,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            memory=memory,
+            expected=expected,
+            model=model_facts,
+        )
     )
     arguments = training_arguments(
         plan,
         batch_size=memory["micro_batch"] or batch_size,
-        checkpointing=checkpointing,
-        accumulation=memory["accumulation"],
+        checkpointing=memory["checkpointing"] != "none",
+        accumulation=memory["accumulation"] if memory["micro_batch"] else 1,
     )
+    pricing = Pricing(profile=profile, facts=facts, device=known, setup=fitted, model_facts=model_facts)
+    safer, faster = neighbour_figures(plan, pricing)
+    longest = model_facts.max_positions if model_facts else None
+    again = partial(planner, device=known, batch_size=batch_size, max_drop=limit)
     return Recommendation(
         plan=dataclasses.replace(plan, training_arguments=arguments),
         training_arguments=arguments,
-        reasons=reasons,
+        reasons=(
+            base_choice(here).reason,
+            tf32_choice(here)[1],
+            *(one.text for one in advice),
+            *([note] if note else []),
+        ),
         memory=memory,
-        expected=expected_figures(plan, facts, known, here.tokens)
-        | step_figures(profile, plan, known, _stepped(setup, memory), model_facts),
+        expected=expected,
+        advice=advice,
+        safer=safer,
+        faster=faster,
+        changes=tuple(change_figures(plan, pricing, again, limit, batch_size)),
+        snippet=snippet_text(plan, arguments, way),
+        script=script_text(plan, way, batch_size=fitted.batch_size, seq_len=min(seq_len, longest or seq_len)),
     )
 
 
@@ -140,6 +186,8 @@ def recommend_plan(
     here = _situation(profile, device, mode, batch_size * seq_len, DropLimit.parse(max_drop), way)
     base = base_choice(here)
     choices = {name: unit_choice(facts, base, here) for name, facts in unit_facts(profile).items()}
+    if way is not TrainMethod.FULL and device.kind != "cpu":  # there the base stays in fp32
+        choices = {name: _as_stored(choice, profile.unit(name).role, base) for name, choice in choices.items()}
     formats = {name: choice.format for name, choice in choices.items()}
     return Plan.assign(
         profile,
@@ -151,6 +199,13 @@ def recommend_plan(
         fp8_recipe=fp8_recipe(device) if Format.FP8 in formats.values() else None,
         reason={name: choice.reason for name, choice in choices.items()},
     )
+
+
+def _as_stored(choice: Choice, role: Role, base: Choice) -> Choice:
+    """Return the format of a unit of a frozen base: what is stored in 16 bits has no more to give in FP32."""
+    if role not in (Role.EMBEDDING, Role.ROUTER) or choice.format is not Format.FP32 or base.format is Format.FP32:
+        return choice
+    return Choice(base.format, f"the frozen base is stored in {base.format}: fp32 cannot bring lost bits back")
 
 
 def _stepped(setup: Setup, memory: Mapping[str, Any]) -> Setup:
