@@ -1,7 +1,7 @@
 """What `autoprec recommend` takes on a catalogued device: CPU time and peak memory.
 
-Writes benchmarks/results/recommend.json. The limits the project sets itself: 3 s and 300 MB for a model of the catalogue, 8 s for a
-local one (`demo`), whose modules are built.
+Writes benchmarks/results/recommend.json. The limits the project sets itself: 3 s and 300 MB for a model of the
+catalogue, 8 s for a local one (`demo`), whose modules are built.
 """
 
 from __future__ import annotations
