@@ -108,11 +108,11 @@ def _write(advice: Recommendation, out: str | None) -> dict[str, str]:
     if out is None:
         return written
     from autoprec.files import write_atomic, write_json
-    from autoprec.recommender.script import ARGUMENTS_FILE
+    from autoprec.recommender.script import ARGUMENTS_FILE, script_name
 
     if advice.training_arguments:
         write_json(home / ARGUMENTS_FILE, dict(advice.training_arguments))
         written["arguments"] = str(home / ARGUMENTS_FILE)
-    script = home / ("train.py" if advice.plan.mode is Mode.TRAIN else "run.py")
+    script = home / script_name(advice.plan)
     write_atomic(script, advice.script)
     return written | {"script": str(script)}

@@ -123,6 +123,8 @@ def step_figures(
             for key, compiled in (("step_ms", False), ("compiled_step_ms", True)):
                 found = predict_step(profile, one, device, setup, model_facts, compiled=compiled)
                 figures[key][name] = as_json(found.step_ms)
+                if name == "plan" and compiled is (Format.FP8 in plan.formats):  # as it is meant to run
+                    figures["spent_ms"] = {str(kind): ms for kind, ms in found.kinds_ms.items()}
                 if name == "plan" and not compiled:
                     figures |= {"sustained": dict(found.rates), "doubts": list(found.doubts)}
                     figures["host_bound"] = [str(phase) for phase in found.host_bound]

@@ -139,10 +139,10 @@ def _left_out(plan: Plan, facts: Mapping[str, UnitFacts]) -> Iterator[tuple[str,
             yield f"{word} of {len(names)} blocks", names
     ends = [n for n, f in free.items() if f.edge and f.unit.role in (Role.FFN, Role.ATTENTION)]
     if ends:
-        yield f"first and last block too ({_units(ends)})", ends
+        yield f"first and last block too, which long runs keep in 16 bits ({_units(ends)})", ends
     heads = [n for n, f in free.items() if f.unit.role is Role.LM_HEAD]
     if heads:
-        yield heads[0], heads
+        yield f"{heads[0]}, which published runs keep in 16 bits", heads
 
 
 def _hazard(plan: Plan, low: Format) -> bool:

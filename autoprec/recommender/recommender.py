@@ -139,14 +139,13 @@ def recommend(
     )
     pricing = Pricing(profile=profile, facts=facts, device=known, setup=fitted, model_facts=model_facts)
     safer, faster = neighbour_figures(plan, pricing)
-    longest = model_facts.max_positions if model_facts else None
     again = partial(planner, device=known, batch_size=batch_size, max_drop=limit)
+    longest = model_facts.max_positions if model_facts else None
     return Recommendation(
         plan=dataclasses.replace(plan, training_arguments=arguments),
         training_arguments=arguments,
         reasons=(
-            base_choice(here).reason,
-            tf32_choice(here)[1],
+            *(base_choice(here).reason, tf32_choice(here)[1]),
             *(one.text for one in advice),
             *([note] if note else []),
         ),

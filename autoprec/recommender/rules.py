@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from autoprec.recommender.rule import Advice, Case, Rule
+from autoprec.recommender.rules_batch import BATCH_RULES
 from autoprec.recommender.rules_formats import FORMAT_RULES
 from autoprec.recommender.rules_speed import SPEED_RULES
 from autoprec.recommender.rules_storage import STORAGE_RULES
 
 __all__ = ["RULES", "advice_for"]
 
-RULES: tuple[Rule, ...] = (*FORMAT_RULES, *STORAGE_RULES, *SPEED_RULES)
+RULES: tuple[Rule, ...] = (*FORMAT_RULES, *STORAGE_RULES, *SPEED_RULES, *BATCH_RULES)
 
 
 def advice_for(case: Case) -> tuple[Advice, ...]:

@@ -1,4 +1,4 @@
-"""Rules on speed: when FP8 pays, what a compiler and kernels need, batch and accumulation, devices, and data."""
+"""Rules on speed: when FP8 pays, what a compiler, shapes and kernels do, and what a device only seems to do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from autoprec.records import Role, Support
 
 __all__ = ["SPEED_RULES"]
 
-_GB = 1e9
 #: a compiler's predicted gain that is worth a cold start
 _COMPILE_GAIN = 1.05
-#: a step shorter than this is easily kept waiting by one process that reads data
-_SHORT_STEP_MS = 250.0
-#: a larger micro-batch is worth changing for from this gain in tokens a second
-_BATCH_GAIN = 1.1
 #: ratio of peaks from which TF32 is worth a word
 _TF32_GAIN = 1.2
 #: capability from which FlashAttention 2 runs
@@ -62,51 +57,6 @@ def _compiling(case: Case) -> str:
 def _borders(case: Case) -> int:
     formats = [u.format for u in case.plan.units if u.role in (Role.ATTENTION, Role.FFN)]
     return sum(a is not b for a, b in zip(formats, formats[1:], strict=False))
-
-
-def _grows(case: Case) -> float:
-    """Return how many times more tokens a second the largest batch gives; 1 where nothing is predicted."""
-    largest, step = case.expected.get("at_largest_batch"), case.step_ms()
-    if not largest or not step or not case.micro_batch or "tokens_per_s" not in largest["plan"]:
-        return 1.0
-    if largest["plan"]["batch_size"] <= case.micro_batch:
-        return 1.0
-    return float(largest["plan"]["tokens_per_s"]["value"]) / (1e3 * case.micro_batch * case.seq_len / step)
-
-
-def _larger(case: Case) -> str:
-    size = case.expected["at_largest_batch"]["plan"]["batch_size"]
-    return (
-        f"up to {size} sequences fit at once and give {_grows(case):.2f}x the tokens a second, predicted: where you "
-        "accumulate, take fewer passes of a larger batch; beyond that the learning rate is part of the change"
-    )
-
-
-def _accumulates(case: Case) -> str:
-    return (
-        f"{case.micro_batch} sequences at once and {case.memory['accumulation']} times accumulated give the batch that "
-        "was asked: not all of it fits at once"
-    )
-
-
-def _sharding(case: Case) -> str:
-    remedy = case.remedy("weights and states over")
-    assert remedy is not None  # the rule's condition
-    count = remedy["name"].removeprefix("weights and states over ")
-    return (
-        f"sharded over {count} it fits, {remedy['total_bytes'] / _GB:.1f} GB each: autoprec export --to fsdp2, or "
-        "--to deepspeed (ZeRO-3, whose bf16 section must stay off or no unit could be fp32)"
-    )
-
-
-def _data(case: Case) -> str:
-    step = case.step_ms()
-    assert step is not None  # the rule's condition
-    rate = 1e3 * max(1, case.micro_batch) / step
-    return (
-        f"a step takes about {step:.0f} ms, so {rate:.0f} sequences a second must arrive: dataloader_num_workers=4 and "
-        "tokenised data, or faster formats only wait longer"
-    )
 
 
 def _tf32_would_pay(case: Case) -> bool:
@@ -160,17 +110,6 @@ SPEED_RULES = (
         says="published gains of whole training steps in fp8 over bf16: 1.10x to 1.28x for 8B models on 8 H100, 1.5x "
         "for 70B on 128",
         source="torchao and torchtitan docs; PyTorch dev-discuss 2359",
-    ),
-    Rule(
-        code="R25",
-        topic=Topic.MEMORY,
-        level=Level.SHOULD,
-        applies=lambda c: c.trains and bool(c.micro_batch) and c.memory["checkpointing"] != "none",
-        says=lambda c: (
-            "the batch does not fit with all activations kept: recompute them, for about a third more compute "
-            f"({c.memory['total_bytes'] / _GB:.1f} GB then)"
-        ),
-        source="Chen et al. (arXiv:1604.06174); torchtitan docs",
     ),
     Rule(
         code="R26",
@@ -228,50 +167,6 @@ SPEED_RULES = (
             f"(this is {'.'.join(map(str, c.device.compute_capability or ()))}): SDPA takes its memory-efficient kernel"
         ),
         source="Dao-AILab/flash-attention README",
-    ),
-    Rule(
-        code="R39",
-        topic=Topic.MEMORY,
-        level=Level.STOPS,
-        applies=lambda c: bool(c.micro_batch) and c.memory["accumulation"] > 1,
-        says=_accumulates,
-        source="the memory model of this package (docs/memory.md)",
-    ),
-    Rule(
-        code="R40",
-        topic=Topic.SPEED,
-        level=Level.SHOULD,
-        applies=lambda c: c.trains and _grows(c) >= _BATCH_GAIN,
-        says=_larger,
-        source="the time and memory models of this package",
-    ),
-    Rule(
-        code="R41",
-        topic=Topic.DEVICES,
-        level=Level.SHOULD,
-        applies=lambda c: c.trains_all and not c.micro_batch and c.remedy("weights and states over") is not None,
-        says=_sharding,
-        source="Rajbhandari et al., ZeRO (arXiv:1910.02054); PyTorch FSDP2",
-    ),
-    Rule(
-        code="R42",
-        topic=Topic.DEVICES,
-        level=Level.NOTE,
-        applies=lambda c: c.trains and c.cuda and c.low,
-        says=lambda c: (
-            "on several devices gradients are those of fp32 weights and are reduced in fp32; FSDP2: "
-            "MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32), which leaves casting to the plan"
-            + (", and every rank must skip the same steps: an overflow is every rank's" if c.plan.grad_scaler else "")
-        ),
-        source="PyTorch FSDP2 docs; Micikevicius et al. (arXiv:1710.03740)",
-    ),
-    Rule(
-        code="R43",
-        topic=Topic.SPEED,
-        level=Level.NOTE,
-        applies=lambda c: c.trains and (c.step_ms() or _SHORT_STEP_MS) < _SHORT_STEP_MS,
-        says=_data,
-        source="PyTorch performance tuning guide",
     ),
     Rule(
         code="R44",

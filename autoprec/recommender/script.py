@@ -12,7 +12,7 @@ from autoprec.predict.setup import TrainMethod
 from autoprec.recommender.snippet import ADAPTERS, is_own, loading_lines
 from autoprec.records import Mode
 
-__all__ = ["ARGUMENTS_FILE", "script_text"]
+__all__ = ["ARGUMENTS_FILE", "script_name", "script_text"]
 
 #: where the script reads its arguments, beside the plan
 ARGUMENTS_FILE = "training_arguments.json"
@@ -121,12 +121,17 @@ from autoprec.probe.workload import Workload, workload_from
 }
 
 
+def script_name(plan: Plan) -> str:
+    """Return the script's file name: one that is hardly anyone's own, as files of the folder are replaced."""
+    return "autoprec_train.py" if plan.mode is Mode.TRAIN else "autoprec_run.py"
+
+
 def script_text(plan: Plan, method: TrainMethod, *, batch_size: int, seq_len: int) -> str:
     """Return a program that runs as it is for models of text; one of images asks for batches of its own."""
     adapted = method is not TrainMethod.FULL and plan.mode is Mode.TRAIN and not is_own(plan)
     top = _TOP.format(
         verb="Train" if plan.mode is Mode.TRAIN else "Run",
-        name="train.py" if plan.mode is Mode.TRAIN else "run.py",
+        name=script_name(plan),
         model=" ".join(plan.model.id.replace('"', "'").split()),
         quoted=json.dumps(plan.model.id),
         imports=_adapted_imports(plan, method) if adapted else _IMPORTS[plan.mode],

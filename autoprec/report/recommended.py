@@ -58,6 +58,8 @@ def _answer(document: Mapping[str, Any], explain: bool) -> Iterator[tuple[str, s
     yield "why", document["reasons"][0]
     yield "", document["reasons"][1]
     yield "step", _step(document["expected"], compiled=bool(document["training_arguments"].get("torch_compile")))
+    if spent := document["expected"].get("spent_ms"):
+        yield "spent on", _spent(spent)
     yield "memory", _memory(document["memory"])
     for name in ("safer", "faster"):
         yield name, _beside(document[name])
@@ -80,6 +82,13 @@ def _step(expected: Mapping[str, Any], *, compiled: bool) -> str:
     beside = [f"{ratio:.3g}x {name}" for name, ratio in ratios.items() if f"{ratio:.2f}" != "1.00"]
     how = " compiled" if compiled else ""
     return f"{_estimate(mine, ' ms')}{how}" + (f"; the speed of {' and '.join(beside)}" if beside else "")
+
+
+def _spent(spent: Mapping[str, float]) -> str:
+    """Return what the device's time goes to, most first: a format changes matmuls, casts and scales only."""
+    whole = sum(spent.values())
+    parts = sorted(spent.items(), key=lambda part: -part[1])[:5]
+    return ", ".join(f"{name} {100 * ms / whole:.0f} %" for name, ms in parts)
 
 
 def _estimate(value: Mapping[str, Any], suffix: str) -> str:
