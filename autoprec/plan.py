@@ -221,6 +221,25 @@ class Plan(Shown):
         changed = dataclasses.replace(self, units=units, fp8_recipe=recipe, evidence=Evidence())
         return changed.with_training_needs()
 
+    def refit(self, model: Any) -> Plan:
+        """Return this plan for another form of its model: with adapters, or with weights packed in 4 bits.
+
+        Formats by unit and settings stay, evidence is dropped: a plan made from a name does not know such layers.
+
+        Raises:
+            PlanError: the model has other units, or one cannot take its format.
+        """
+        profile, mine = _profile(model), self.assignment
+        if other := set(mine).symmetric_difference(u.name for u in profile.units):
+            raise PlanError(
+                f"the model is not another form of {self.model.id}: unit '{min(other)}' is in one of the two only"
+            )
+        fresh = Plan.assign(
+            profile, mine, ambient=self.ambient, mode=self.mode, reason={u.name: u.reason for u in self.units}
+        )
+        where = dataclasses.replace(fresh.model, id=self.model.id)
+        return dataclasses.replace(self, model=where, units=fresh.units, pinned=fresh.pinned, evidence=Evidence())
+
     def with_evidence(self, evidence: Evidence) -> Plan:
         """Return this plan with other evidence."""
         return dataclasses.replace(self, evidence=evidence)

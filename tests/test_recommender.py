@@ -328,7 +328,10 @@ def test_memory_of_adapters() -> None:
     full = recommend(profile("llama"), "a100-sxm")
     lora = recommend(profile("llama"), "a100-sxm", method="lora")
     qlora = recommend(profile("llama"), "a100-sxm", method="qlora")
-    assert lora.plan.assignment == qlora.plan.assignment == full.plan.assignment
+    assert lora.plan.assignment == qlora.plan.assignment
+    # a frozen base is stored in 16 bits, its embeddings too
+    assert {n for n, pair in lora.plan.diff(full.plan).units.items()} == {"embeddings"}
+    assert lora.plan.unit("embeddings").format is BF16
     # rank 16 beside q, k, v, o and gate, up, down of four blocks
     pairs = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
     adapters = 4 * 16 * sum(a + b for a, b in pairs)
@@ -409,7 +412,8 @@ def test_json_is_plain_and_whole() -> None:
     done = recommend(profile("llama"), "h100-sxm")
     assert isinstance(done, Recommendation)
     data = json.loads(json.dumps(done.to_json(), allow_nan=False))
-    assert list(data) == ["schema", "plan", "training_arguments", "reasons", "memory", "expected"]
+    pinned = ["schema", "plan", "training_arguments", "reasons", "memory", "expected"]
+    assert list(data) == [*pinned, "advice", "safer", "faster", "changes", "snippet"]
     assert data["schema"] == "autoprec/recommendation@1"
     assert Plan.from_json(data["plan"]) == done.plan
 

@@ -154,5 +154,5 @@ def test_forecasts_name_the_surer_ratio_and_every_unit() -> None:
 def test_recommend_ends_with_what_to_run_on_the_card(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["recommend", "gpt2", "--device", "rtx-4090", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert "(predicted)" in done.output and "step ms" in done.output
+    assert "ms [" in done.output and "(predicted)" in done.output
     assert done.output.rstrip().splitlines()[-1].startswith("on rtx-4090, to confirm  autoprec verify ")

@@ -31,7 +31,6 @@ from autoprec.report.terminal import (
     print_device,
     print_paths,
     print_plan,
-    print_recommendation,
     print_result,
     print_units,
 )
@@ -257,26 +256,6 @@ def test_long_reasons_stand_once_below_the_table() -> None:
     text = printed(lambda console: print_plan(console, replace(samples.plan(), units=units)), 80)
     assert_says(text, "blocks.0-2.attention attention bf16 2", "blocks.0.ffn ffn fp32 1", "lm_head lm_head bf16 2")
     assert text.count("because") == 2 * 30
-
-
-def test_recommendation_page() -> None:
-    def page(console: Console) -> None:
-        print_recommendation(
-            console,
-            reasons=["bf16 is native here"],
-            memory={"policy": "fp32 weights", "total_bytes": 538_000_000, "device_bytes": 80e9, "share": None},
-            expected={
-                "matmul_speedup": {"value": 2.5, "low": 2.4, "high": 2.6, "origin": "predicted"},
-                "rates_tflops": {"bf16": {"value": 0.412, "origin": "measured"}},
-                "tokens_per_step": 4096,
-                "leaves_out": ["casts", "data loading"],
-            },
-        )
-
-    assert_says(printed(page), "- bf16 is native here", "policy: fp32 weights", "total: 538 MB", "device: 80.0 GB")
-    assert_says(printed(page), "matmul speedup: 2.50 ±0.10 (predicted)", "rates tflops: bf16 0.412")
-    assert_says(printed(page), "tokens per step: 4096", "leaves out: casts; data loading")
-    assert "share" not in printed(page)
 
 
 def test_paths_are_never_folded() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,13 +20,10 @@ from autoprec.cli.common import (
 )
 from autoprec.records import Mode, Origin
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    from autoprec.recommender.recommender import Recommendation
 
-#: what is shown of memory unless all is asked for
-_MEMORY = (
-    "policy", "total_bytes", "device_bytes", "origin", "batch_size", "breakdown", "largest_micro_batch", "accumulation",
-    "over_bytes", "remedies",
-)  # fmt: skip
+__all__ = ["command"]
 
 
 @click.command("recommend")
@@ -47,8 +44,12 @@ _MEMORY = (
     "--seq-len", metavar="N", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens an example."
 )
 @max_drop_option
-@click.option("--explain", is_flag=True, help="Every unit, all of memory and expectations, and the decision tree.")
-@click.option("--out", metavar="DIR", default=".", show_default=True, help="Folder for plan.json.")
+@click.option(
+    "--explain", is_flag=True, help="Every unit, all advice with its sources, all figures, and the decision tree."
+)
+@click.option(
+    "--out", metavar="DIR", show_default="plan.json here", help="Folder for plan, training arguments and a script."
+)
 @json_option
 def command(
     model: str,
@@ -59,7 +60,7 @@ def command(
     seq_len: int,
     max_drop: str,
     explain: bool,
-    out: str,
+    out: str | None,
     as_json: bool,
 ) -> None:
     """Suggest a plan in seconds, with its reasons.
@@ -83,43 +84,43 @@ def command(
             method=method,
             max_drop=max_drop,
         )
-    path = folder(out) / "plan.json"
-    advice.plan.save(path)
+    written = _write(advice, out)
     if as_json:
         print_json(advice.to_json())
-        click.echo(f"Wrote {path}", err=True)
+        click.echo(f"Wrote {', '.join(written.values())}", err=True)
         return
-    from autoprec.report.terminal import print_paths, print_plan, print_recommendation
+    from autoprec.report.terminal import print_paths, print_recommended
 
     console = result_console()
-    print_plan(console, advice.plan, every_unit=explain)
-    document = advice.to_json()
-    print_recommendation(
-        console,
-        reasons=document["reasons"],
-        memory={name: fact for name, fact in document["memory"].items() if explain or name in _MEMORY},
-        expected=document["expected"] if explain else _short(document["expected"]),
-    )
+    print_recommended(console, advice.to_json(), advice.plan, explain=explain)
     if explain:
         from autoprec.recommender.learned import current_tree
         from autoprec.recommender.tree import tree_lines
 
         for line in tree_lines(current_tree()):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    print_paths(console, {"plan": str(path)})
+    print_paths(console, written)
     if advice.plan.device.origin is Origin.MEASURED:
         where = "" if device == "auto" else f" --device {shlex.quote(device)}"
         print_paths(console, {"measure it": f"autoprec search {shlex.quote(model)}{where} --mode {advice.plan.mode}"})
     else:
-        where = advice.plan.device.name
-        print_paths(
-            console, {f"on {where}, to confirm": f"autoprec verify {shlex.quote(str(path))} {shlex.quote(model)}"}
-        )
+        confirm = f"autoprec verify {shlex.quote(written['plan'])} {shlex.quote(model)}"
+        print_paths(console, {f"on {advice.plan.device.name}, to confirm": confirm})
 
 
-def _short(expected: dict[str, Any]) -> dict[str, Any]:
-    """Return what is shown of expectations unless all is asked for."""
-    return {
-        name: expected.get(name)
-        for name in ("matmul_speedup", "step_ms", "compiled_step_ms", "at_largest_batch", "doubts")
-    }
+def _write(advice: Recommendation, out: str | None) -> dict[str, str]:
+    """Write the plan here, or with `--out` plan, training arguments and script there; return what is where."""
+    home = folder(out or ".")
+    advice.plan.save(home / "plan.json")
+    written = {"plan": str(home / "plan.json")}
+    if out is None:
+        return written
+    from autoprec.files import write_atomic, write_json
+    from autoprec.recommender.script import ARGUMENTS_FILE, script_name
+
+    if advice.training_arguments:
+        write_json(home / ARGUMENTS_FILE, dict(advice.training_arguments))
+        written["arguments"] = str(home / ARGUMENTS_FILE)
+    script = home / script_name(advice.plan)
+    write_atomic(script, advice.script)
+    return written | {"script": str(script)}

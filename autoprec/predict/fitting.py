@@ -94,10 +94,12 @@ def fit_batch(
     facts: ModelFacts | None,
     usable_bytes: int,
     effective_batch: int | None = None,
+    *,
+    advise: bool = True,
 ) -> BatchFit:
     """Return the largest micro-batch whose peak is within some bytes, and how it makes up the effective batch.
 
-    A pure function of its arguments.
+    A pure function of its arguments. `advise`: where none fits, look for what would make it fit.
 
     Raises:
         UsageError: the effective batch cannot be divided among the devices.
@@ -126,7 +128,7 @@ def fit_batch(
         effective_batch=micro * accumulation * setup.devices,
         breakdown=breakdown,
         over_bytes=0 if micro else breakdown.total_bytes - usable_bytes,
-        remedies=() if micro else remedies_for(profile, plan, shown, facts, usable_bytes),
+        remedies=() if micro or not advise else remedies_for(profile, plan, shown, facts, usable_bytes),
     )
 
 

@@ -14,7 +14,7 @@ from autoprec.predict.setup import Setup
 from autoprec.predict.steptime import StepTime, predict_step
 from autoprec.records import DeviceProfile, Estimate, Mode, ModelFacts, ModelProfile, Origin
 
-__all__ = ["Forecast", "Forecasted"]
+__all__ = ["Forecast", "Forecasted", "speed_ratio"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Forecast:
         step, reference = self._step(plan), self.reference
         return Forecasted(
             step_ms=step.step_ms,
-            speedup=self._ratio(reference, step),
+            speedup=speed_ratio(reference, step),
             peak_bytes=predict_memory(self.profile, plan, self._setup(plan), self.facts).total_bytes,
             low_share=self._low_share(step),
             step=step,
@@ -98,11 +98,12 @@ class Forecast:
         ends = (low / (low + wide * off), low / (low + wide / off))
         return Estimate(low / total, *ends, Origin.PREDICTED)
 
-    def _ratio(self, reference: StepTime, step: StepTime) -> Estimate:
-        """Return the speedup: what is wrong about both steps alike cancels, so it is surer than either."""
-        value = reference.step_ms.value / step.step_ms.value
-        if step is reference:
-            return Estimate(1.0, 1.0, 1.0, Origin.PREDICTED)
-        both = math.log(step.step_ms.high / step.step_ms.value)
-        width = min(both, coefficients().spread.ratio)
-        return Estimate(value, value * math.exp(-width), value * math.exp(width), Origin.PREDICTED)
+
+def speed_ratio(reference: StepTime, step: StepTime) -> Estimate:
+    """Return how many times faster a step is than another: what is wrong about both alike cancels."""
+    value = reference.step_ms.value / step.step_ms.value
+    if step is reference:
+        return Estimate(1.0, 1.0, 1.0, Origin.PREDICTED)
+    both = math.log(step.step_ms.high / step.step_ms.value)
+    width = min(both, coefficients().spread.ratio)
+    return Estimate(value, value * math.exp(-width), value * math.exp(width), Origin.PREDICTED)

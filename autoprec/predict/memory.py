@@ -194,13 +194,16 @@ def _trained(shape: Shape) -> int:
 def _units(shape: Shape, ops: Sequence[Op], setup: Setup) -> tuple[UnitMemory, ...]:
     """Return what each unit holds on one device, and the parameters outside units as the last row."""
     rows, placed = [], 0
+    by_unit: dict[str, list[Op]] = {}
+    for op in ops:
+        by_unit.setdefault(op.unit, []).append(op)
     states = states_of(setup.policy if shape.full else StatePolicy.FP32, setup.optimizer)
     for unit in shape.profile.units:
         leaves = shape.own_leaves(unit)
         count = sum(leaf.parameters for leaf in leaves)
         placed += count
         stored = sum(shape.weight_bytes(leaf, leaf.parameters, unit.role) for leaf in leaves)
-        own = [op for op in ops if op.unit == unit.name]
+        own = by_unit.get(unit.name, ())
         rows.append(_row(unit.name, stored, shape.trained(unit, count), states, own, setup, shape.full))
     rest = max(0, shape.profile.parameters - placed)
     stored = shape.weight_bytes(None, rest, None)

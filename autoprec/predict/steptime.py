@@ -183,6 +183,7 @@ def predict_step(
     accumulates: bool = False,
     with_loss: bool = True,
     delayed_scaling: bool = False,
+    crowding: bool = True,
 ) -> StepTime:
     """Predict a step; a pure function of its arguments.
 
@@ -191,6 +192,7 @@ def predict_step(
         accumulates: gradients are added to those of the step before.
         with_loss: the cross-entropy over the vocabulary is counted.
         delayed_scaling: FP8 takes the scales of the step before, as TransformerEngine does by default.
+        crowding: say so, and widen the interval, where the step nearly fills the memory, whose peak is predicted.
     """
     table = numbers or coefficients()
     card = card_of(device, table)
@@ -208,7 +210,8 @@ def predict_step(
     host = tuple(phase for phase, seconds in phases.items() if seconds > 1.2 * total.device[phase])
     used = {work.operands(unit.name) for unit in profile.units if shape.linears(unit)}
     vendor = device.hardware.vendor if device.hardware else ""
-    doubts = tuple(_doubts(card, used, setup, table, _crowded(profile, plan, device, setup, facts)))
+    crowded = _crowded(profile, plan, device, setup, facts) if crowding else None
+    doubts = tuple(_doubts(card, used, setup, table, crowded))
     low, high = table.fitted_tokens
     outside = not low <= setup.tokens <= high or any(doubt.startswith(_CROWDED) for doubt in doubts)
     estimate = _estimate(

@@ -39,12 +39,10 @@ def moments(
 ) -> dict[Moment, MemoryParts]:
     """Return what is held at the worst point of each part of a step."""
     spans = _spans(ops, fixed, checkpointing) if trains else ops
-    found = {Moment.FORWARD: _highest(_forward(spans, ops, fixed, trains))}
+    found = {Moment.FORWARD: _highest(_forward(spans, ops, fixed, trains), fixed)}
     if trains:
-        found[Moment.BACKWARD] = _highest(_backward(spans, ops, fixed, checkpointing))
-        found[Moment.OPTIMIZER] = _parts(
-            fixed, _Held(gradients=fixed.gradients), temporary=fixed.optimizer_temporary, gathered=0.0
-        )
+        found[Moment.BACKWARD] = _highest(_backward(spans, ops, fixed, checkpointing), fixed)
+        found[Moment.OPTIMIZER] = _parts(fixed, _Held(gradients=fixed.gradients), fixed.optimizer_temporary)
     return found
 
 
@@ -66,6 +64,18 @@ class _Held:
         self.logits += sign * op.logits
         self.casts += sign * op.casts
 
+    def copied(self) -> _Held:
+        """Return the sums as they are now."""
+        return _Held(self.activations, self.scores, self.logits, self.casts, self.cache, self.gradients)
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.scores + self.logits + self.casts + self.cache + self.gradients
+
+
+#: what is held, and beside it for a moment: temporaries and logits
+_Point = tuple[_Held, float, float]
+
 
 def _spans(ops: Sequence[Op], fixed: Fixed, checkpointing: Checkpointing) -> list[Op]:
     """Return the operations with what they keep past their block under checkpointing."""
@@ -83,7 +93,7 @@ def _spans(ops: Sequence[Op], fixed: Fixed, checkpointing: Checkpointing) -> lis
     return spans
 
 
-def _forward(spans: Sequence[Op], ops: Sequence[Op], fixed: Fixed, trains: bool) -> Iterator[MemoryParts]:
+def _forward(spans: Sequence[Op], ops: Sequence[Op], fixed: Fixed, trains: bool) -> Iterator[_Point]:
     held = _Held(gradients=fixed.gradients if fixed.accumulates else 0.0)
     for span, op in zip(spans, ops, strict=True):
         held.cache += op.cache
@@ -91,41 +101,48 @@ def _forward(spans: Sequence[Op], ops: Sequence[Op], fixed: Fixed, trains: bool)
             held.add(span)
         within = op.kept - span.kept if trains else 0.0
         temporary = op.forward - op.forward_logits + max(0.0, within) + fixed.stream
-        yield _parts(fixed, held, temporary=temporary, gathered=fixed.gathered, logits=op.forward_logits)
+        yield held, temporary, op.forward_logits
 
 
-def _backward(
-    spans: Sequence[Op], ops: Sequence[Op], fixed: Fixed, checkpointing: Checkpointing
-) -> Iterator[MemoryParts]:
+def _backward(spans: Sequence[Op], ops: Sequence[Op], fixed: Fixed, checkpointing: Checkpointing) -> Iterator[_Point]:
     held = _Held(gradients=fixed.gradients if fixed.accumulates else 0.0)
     for span in spans:
         held.add(span)
+    blocks: dict[str | None, list[tuple[Op, Op]]] = {}
+    for op, span in zip(ops, spans, strict=True):
+        blocks.setdefault(op.block, []).append((op, span))
     open_block: str | None = None
     for index in range(len(ops) - 1, -1, -1):
         op, span = ops[index], spans[index]
         if checkpointing is not Checkpointing.NONE and op.block is not None and op.block != open_block:
             # the block runs again: what its operations keep is there until each has had its backward
-            for again, kept in zip(ops, spans, strict=True):
-                if again.block == op.block:
-                    held.add(again)
-                    held.add(kept, -1)
+            for again, kept in blocks[op.block]:
+                held.add(again)
+                held.add(kept, -1)
             held.activations += fixed.stream
         open_block = op.block
         fresh = 0.0 if fixed.accumulates else op.gradient * fixed.gradient_share
         held.gradients += fresh
         temporary = op.backward - op.backward_logits + (op.gradient - fresh if op.gradient else 0.0)
-        yield _parts(fixed, held, temporary=temporary, gathered=fixed.gathered, logits=op.backward_logits)
+        yield held, temporary, op.backward_logits
         held.add(op if checkpointing is not Checkpointing.NONE and op.block is not None else span, -1)
         first = index == 0 or ops[index - 1].block != op.block
         if checkpointing is not Checkpointing.NONE and op.block is not None and first:
             held.activations -= fixed.stream
 
 
-def _highest(points: Iterator[MemoryParts]) -> MemoryParts:
-    return max(points, key=lambda parts: parts.total_bytes)
+def _highest(points: Iterator[_Point], fixed: Fixed) -> MemoryParts:
+    """Return the parts of the highest point; those of the others are not worked out."""
+    most, best = -1.0, (_Held(), 0.0, 0.0)
+    for held, temporary, logits in points:
+        total = held.total + temporary + logits
+        if total > most:
+            most, best = total, (held.copied(), temporary, logits)
+    held, temporary, logits = best
+    return _parts(fixed, held, temporary, gathered=fixed.gathered, logits=logits)
 
 
-def _parts(fixed: Fixed, held: _Held, *, temporary: float, gathered: float, logits: float = 0.0) -> MemoryParts:
+def _parts(fixed: Fixed, held: _Held, temporary: float, *, gathered: float = 0.0, logits: float = 0.0) -> MemoryParts:
     return MemoryParts(
         weights_bytes=round(fixed.weights),
         masters_bytes=round(fixed.masters),

@@ -12,7 +12,7 @@ from autoprec.formats import Format, Fp8Recipe
 from autoprec.quantities import DropLimit
 from autoprec.records import DeviceProfile, Mode, Role, Support
 
-__all__ = ["Choice", "Situation", "base_choice", "family_overflow", "fp8_recipe", "tf32_choice"]
+__all__ = ["Choice", "Situation", "base_choice", "family_overflow", "fp8_recipe", "overflows_fp16", "tf32_choice"]
 
 #: TF32 below this ratio of peaks is not worth its 13 bits
 _TF32_GAIN = 1.2
@@ -94,6 +94,11 @@ def fp8_recipe(device: DeviceProfile) -> Fp8Recipe | None:
     if Fp8Recipe.TENSORWISE in device.fp8_recipes:
         return Fp8Recipe.TENSORWISE
     return device.fp8_recipes[0] if device.fp8_recipes else None
+
+
+def overflows_fp16(class_name: str) -> bool:
+    """Say whether a class belongs to a family known to leave FP16's range somewhere."""
+    return any(part in class_name for part in _FP16_OVERFLOW)
 
 
 def family_overflow(role: Role | None, class_name: str) -> str:

@@ -11,7 +11,7 @@ from autoprec.errors import AutoprecError
 from autoprec.files import as_json
 from autoprec.formats import Format, Fp8Recipe
 from autoprec.plan import Plan
-from autoprec.predict.fitting import RESERVE, fit_batch
+from autoprec.predict.fitting import RESERVE, fit_batch, remedies_for
 from autoprec.predict.memory import predict_memory
 from autoprec.predict.setup import Checkpointing, Optimizer, Setup, StatePolicy, TrainMethod, states_of
 from autoprec.predict.steptime import predict_step
@@ -67,13 +67,17 @@ def _fitted(
     Accumulating repeats no work; checkpointing does, so it is also taken where not even one sequence fits without.
     """
     usable = round((1 - RESERVE) * size_bytes)
-    plain = fit_batch(profile, plan, setup, model_facts, usable, setup.batch_size)
-    if not setup.trains or plain.micro_batch == setup.batch_size:
-        return plain
-    again = dataclasses.replace(setup, checkpointing=Checkpointing.FULL)
-    smaller = fit_batch(profile, plan, again, model_facts, usable, setup.batch_size)
-    whole = smaller.micro_batch == setup.batch_size
-    return smaller if whole or (smaller.micro_batch and not plain.micro_batch) else plain
+    found = fit_batch(profile, plan, setup, model_facts, usable, setup.batch_size, advise=False)
+    if setup.trains and found.micro_batch != setup.batch_size:
+        again = dataclasses.replace(setup, checkpointing=Checkpointing.FULL)
+        smaller = fit_batch(profile, plan, again, model_facts, usable, setup.batch_size, advise=False)
+        if smaller.micro_batch == setup.batch_size or (smaller.micro_batch and not found.micro_batch):
+            found = smaller
+    if found.micro_batch:
+        return found
+    one = dataclasses.replace(setup, batch_size=1, accumulation=found.accumulation)
+    remedies = remedies_for(profile, plan, one, model_facts, usable)
+    return dataclasses.replace(found, remedies=remedies)
 
 
 def expected_figures(plan: Plan, facts: Mapping[str, UnitFacts], device: DeviceProfile, tokens: int) -> dict[str, Any]:
@@ -119,6 +123,8 @@ def step_figures(
             for key, compiled in (("step_ms", False), ("compiled_step_ms", True)):
                 found = predict_step(profile, one, device, setup, model_facts, compiled=compiled)
                 figures[key][name] = as_json(found.step_ms)
+                if name == "plan" and compiled is (Format.FP8 in plan.formats):  # as it is meant to run
+                    figures["spent_ms"] = {str(kind): ms for kind, ms in found.kinds_ms.items()}
                 if name == "plan" and not compiled:
                     figures |= {"sustained": dict(found.rates), "doubts": list(found.doubts)}
                     figures["host_bound"] = [str(phase) for phase in found.host_bound]
@@ -140,7 +146,7 @@ def _at_largest(
     if device.memory_bytes is None:
         return {}
     alone = dataclasses.replace(setup, batch_size=1, accumulation=1)
-    fit = fit_batch(profile, plan, alone, model_facts, round((1 - RESERVE) * device.memory_bytes))
+    fit = fit_batch(profile, plan, alone, model_facts, round((1 - RESERVE) * device.memory_bytes), advise=False)
     if not fit.micro_batch:
         return {}
     full = dataclasses.replace(alone, batch_size=fit.micro_batch)

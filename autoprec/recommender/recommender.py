@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoprec.errors import ModelError, UsageError
@@ -16,15 +17,20 @@ from autoprec.plan import Plan
 from autoprec.predict.memory import setup_of
 from autoprec.predict.setup import Checkpointing, Optimizer, Setup, TrainMethod, choice_of
 from autoprec.quantities import DropLimit
-from autoprec.recommender.advice import Situation, base_choice, fp8_recipe, tf32_choice
+from autoprec.recommender.advice import Choice, Situation, base_choice, fp8_recipe, tf32_choice
 from autoprec.recommender.arguments import training_arguments
+from autoprec.recommender.changes import change_figures
 from autoprec.recommender.choice import unit_choices
 from autoprec.recommender.features import unit_facts
 from autoprec.recommender.figures import expected_figures, memory_figures, step_figures
 from autoprec.recommender.learned import current_tree
-from autoprec.recommender.notes import around_the_plan
+from autoprec.recommender.neighbours import Pricing, neighbour_figures
+from autoprec.recommender.rule import Advice, Case
+from autoprec.recommender.rules import advice_for
+from autoprec.recommender.script import script_text
+from autoprec.recommender.snippet import snippet_text
 from autoprec.recommender.tree import Tree
-from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin, Shown
+from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Origin, Role, Shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +50,17 @@ class Recommendation(Shown):
     reasons: tuple[str, ...]
     memory: Mapping[str, Any]
     expected: Mapping[str, Any]
+    #: the rules behind the reasons, with topic, weight and source
+    advice: tuple[Advice, ...] = ()
+    #: the next plan to either side: what changes, and the predicted cost or gain
+    safer: Mapping[str, Any] = field(default_factory=dict)
+    faster: Mapping[str, Any] = field(default_factory=dict)
+    #: other conditions under which the answer would be another
+    changes: tuple[Mapping[str, Any], ...] = ()
+    #: code that puts the plan in force
+    snippet: str = ""
+    #: a program that runs beside plan.json and training_arguments.json
+    script: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the recommendation as plain JSON data (schema `autoprec/recommendation@1`)."""
@@ -54,6 +71,11 @@ class Recommendation(Shown):
             "reasons": list(self.reasons),
             "memory": dict(self.memory),
             "expected": dict(self.expected),
+            "advice": [one.to_json() for one in self.advice],
+            "safer": dict(self.safer),
+            "faster": dict(self.faster),
+            "changes": [dict(change) for change in self.changes],
+            "snippet": self.snippet,
         }
 
 
@@ -92,42 +114,57 @@ def recommend(
     profile, model_facts, note = _described(model_or_id)
     known = device if isinstance(device, DeviceProfile) else _device_profile(device)
     tree = current_tree()
-    plan = recommend_plan(
-        profile,
-        known,
-        mode=step,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        method=way,
-        max_drop=limit,
-        model_facts=model_facts,
-        tree=tree,
+    planner = partial(
+        recommend_plan, profile, mode=step, seq_len=seq_len, method=way, model_facts=model_facts, tree=tree
     )
+    plan = planner(known, batch_size=batch_size, max_drop=limit)
     facts = unit_facts(profile)
     setup = setup_of(plan, batch_size, seq_len, step, method=way, device_kind=known.kind)
     memory = memory_figures(profile, plan, known, setup, model_facts)
-    checkpointing = memory["checkpointing"] != "none"
     here = _situation(profile, known, step, batch_size * seq_len, limit, way)
-    reasons = (
-        base_choice(here).reason,
-        tf32_choice(here)[1],
-        *around_the_plan(plan, facts, known, memory, way, here.tokens, checkpointing),
-        *([note] if note else []),
-        *tree.notes,
+    fitted = _stepped(setup, memory)
+    expected = expected_figures(plan, facts, known, here.tokens)
+    expected |= step_figures(profile, plan, known, fitted, model_facts)
+    advice = advice_for(
+        Case(
+            plan=plan,
+            facts=facts,
+            device=known,
+            method=way,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            memory=memory,
+            expected=expected,
+            model=model_facts,
+        )
     )
     arguments = training_arguments(
         plan,
         batch_size=memory["micro_batch"] or batch_size,
-        checkpointing=checkpointing,
-        accumulation=memory["accumulation"],
+        checkpointing=memory["checkpointing"] != "none",
+        accumulation=memory["accumulation"] if memory["micro_batch"] else 1,
     )
+    pricing = Pricing(profile=profile, facts=facts, device=known, setup=fitted, model_facts=model_facts)
+    safer, faster = neighbour_figures(plan, pricing)
+    again = partial(planner, device=known, batch_size=batch_size, max_drop=limit)
+    longest = model_facts.max_positions if model_facts else None
     return Recommendation(
         plan=dataclasses.replace(plan, training_arguments=arguments),
         training_arguments=arguments,
-        reasons=reasons,
+        reasons=(
+            *(base_choice(here).reason, tf32_choice(here)[1]),
+            *(one.text for one in advice),
+            *([note] if note else []),
+            *tree.notes,
+        ),
         memory=memory,
-        expected=expected_figures(plan, facts, known, here.tokens)
-        | step_figures(profile, plan, known, _stepped(setup, memory), model_facts),
+        expected=expected,
+        advice=advice,
+        safer=safer,
+        faster=faster,
+        changes=tuple(change_figures(plan, pricing, again, limit, batch_size)),
+        snippet=snippet_text(plan, arguments, way),
+        script=script_text(plan, way, batch_size=fitted.batch_size, seq_len=min(seq_len, longest or seq_len)),
     )
 
 
@@ -170,6 +207,8 @@ def recommend_plan(
         device_kind=device.kind,
     )
     choices = unit_choices(profile, unit_facts(profile), model_facts, setup, base, here, tree or current_tree())
+    if way is not TrainMethod.FULL and device.kind != "cpu":  # there the base stays in fp32
+        choices = {name: _as_stored(choice, profile.unit(name).role, base) for name, choice in choices.items()}
     formats = {name: choice.format for name, choice in choices.items()}
     return Plan.assign(
         profile,
@@ -181,6 +220,13 @@ def recommend_plan(
         fp8_recipe=fp8_recipe(device) if Format.FP8 in formats.values() else None,
         reason={name: choice.reason for name, choice in choices.items()},
     )
+
+
+def _as_stored(choice: Choice, role: Role, base: Choice) -> Choice:
+    """Return the format of a unit of a frozen base: what is stored in 16 bits has no more to give in FP32."""
+    if role not in (Role.EMBEDDING, Role.ROUTER) or choice.format is not Format.FP32 or base.format is Format.FP32:
+        return choice
+    return Choice(base.format, f"the frozen base is stored in {base.format}: fp32 cannot bring lost bits back")
 
 
 def _stepped(setup: Setup, memory: Mapping[str, Any]) -> Setup:

@@ -51,7 +51,10 @@ class MemoryParts:
     @property
     def total_bytes(self) -> int:
         """The sum of all parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(map(self.__getattribute__, _PARTS))
+
+
+_PARTS = tuple(field.name for field in fields(MemoryParts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

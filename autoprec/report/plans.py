@@ -1,9 +1,9 @@
-"""Pages of a plan, and of what is said beside a recommended one."""
+"""The page of a plan, and JSON facts as lines."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -16,7 +16,7 @@ from autoprec.report.figures import bytes_text, format_counts, interval, megabyt
 from autoprec.report.grouping import Run, few, runs, short_modules, span
 from autoprec.report.layout import INDENT, Column, print_facts, print_heading, print_table
 
-__all__ = ["fact_lines", "print_plan", "print_recommendation", "settings"]
+__all__ = ["fact_lines", "print_plan", "settings"]
 
 
 def print_plan(console: Console, plan: Plan, *, every_unit: bool = False, modules: bool = False) -> None:
@@ -119,20 +119,6 @@ def _figure(figure: Figure) -> str:
         return f"{megabytes(round(figure.value))} MB{origin_note(figure.origin)}"
     text = interval(figure.value, figure.ci95)
     return f"{text} {figure.unit}{origin_note(figure.origin)}"
-
-
-def print_recommendation(
-    console: Console, *, reasons: Iterable[str], memory: Mapping[str, Any], expected: Mapping[str, Any]
-) -> None:
-    """Print what is said beside a recommended plan: reasons, and what memory and speed to expect where given."""
-    for title, lines in (
-        ("Reasons", list(reasons)),
-        ("Memory", fact_lines(memory)),
-        ("Expected", fact_lines(expected)),
-    ):
-        if lines:
-            print_heading(console, title)
-            print_table(console, [("", "left"), ("", "left")], [("-", line) for line in lines])
 
 
 def fact_lines(facts: Mapping[str, Any]) -> list[str]:

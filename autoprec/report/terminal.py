@@ -24,8 +24,9 @@ from autoprec.report.figures import (
     plain,
 )
 from autoprec.report.layout import Column, print_heading, print_line, print_table
-from autoprec.report.plans import fact_lines, print_plan, print_recommendation
+from autoprec.report.plans import fact_lines, print_plan
 from autoprec.report.profiles import print_device, print_units
+from autoprec.report.recommended import print_recommended
 from autoprec.report.sensitivity import print_sensitivity
 from autoprec.report.speed import print_speed
 
@@ -36,7 +37,7 @@ __all__ = [
     "print_explained",
     "print_paths",
     "print_plan",
-    "print_recommendation",
+    "print_recommended",
     "print_result",
     "print_sensitivity",
     "print_speed",
