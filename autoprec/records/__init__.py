@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoprec.records.audited import AuditReport, AuditRow, BehindUse, CastRow, Direction, KernelRow, OpKind
 from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Hardware, Support
+from autoprec.records.diagnosed import Diagnosis, Evidenced, Finding, Severity, TraceReport, UnitTrace
 from autoprec.records.facts import Architecture, ModelFacts
 from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode
@@ -39,11 +40,14 @@ __all__ = [
     "CheckOutcome",
     "Confirmed",
     "DeviceProfile",
+    "Diagnosis",
     "Direction",
     "Estimate",
     "Evidence",
+    "Evidenced",
     "Explained",
     "Figure",
+    "Finding",
     "FormatSupport",
     "GemmRate",
     "GradScalerSettings",
@@ -74,10 +78,12 @@ __all__ = [
     "Role",
     "SearchResult",
     "SensitivityProfile",
+    "Severity",
     "SpeedProfile",
     "Step",
     "Support",
     "Task",
+    "TraceReport",
     "TrainedArm",
     "TrainingConfirmation",
     "TrainingCurve",
@@ -87,6 +93,7 @@ __all__ = [
     "UnitMemory",
     "UnitNumerics",
     "UnitTime",
+    "UnitTrace",
     "Verdict",
     "VerdictDecision",
     "Verification",
