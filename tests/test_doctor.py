@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -193,3 +194,12 @@ def test_every_row_of_the_retired_page_has_a_check() -> None:
     page = (Path(__file__).parent.parent / "docs" / "retired.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| AP")]
     assert [row.split("|")[1].strip() for row in rows] == [c.code for c in all_checks() if c.code > "AP100"]
+
+
+def test_the_page_is_what_the_script_writes() -> None:
+    scripts = Path(__file__).parent.parent / "scripts"
+    spec = importlib.util.spec_from_file_location("doctor_docs", scripts / "doctor_docs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (scripts.parent / "docs" / "doctor.md").read_text() == module.page(), "run python scripts/doctor_docs.py"

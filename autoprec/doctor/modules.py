@@ -25,8 +25,8 @@ def module_checkpoint(made: Any, name: str) -> Checkpoint | None:
         for key, value in (*model.named_parameters(), *model.named_buffers())
         if value.dtype in _NAMES and not value.is_meta
     ]
-    config = getattr(model, "config", None)
-    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    values = {} if to_dict is None else to_dict()
     return Checkpoint(name, None, {"architectures": [type(model).__name__], **values}, tensors)
 
 

@@ -160,7 +160,7 @@ def _place(path: str, lines: list[str], key: str) -> str:
 
 def _of_shell(text: str, path: str) -> Settings:
     """Read `--name value`, `--name=value`, `--flag` and `NAME=value` of a launch script, comments left out."""
-    found = []
+    found: list[Setting] = []
     pending = ""
     for number, line in enumerate(text.splitlines(), 1):
         whole = pending + line

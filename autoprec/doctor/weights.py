@@ -61,7 +61,8 @@ class Tensor:
             starts = np.linspace(0, flat.size - _BLOCK, max(1, most // _BLOCK)).astype(np.int64)
             flat = np.concatenate([flat[s : s + _BLOCK] for s in starts])
         if self.format == "bf16":
-            return (flat.astype(np.uint32) << 16).view(np.float32)
+            wide: npt.NDArray[np.float32] = (flat.astype(np.uint32) << 16).view(np.float32)
+            return wide
         with np.errstate(over="ignore"):
             result: npt.NDArray[np.float32] = flat.astype(np.float32)
         return result
