@@ -36,7 +36,7 @@ from autoprec.plan import Plan
 from autoprec.records import DeviceProfile, ModelProfile, Origin, SearchResult, SensitivityProfile
 
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("probe", "recommend", "search", "show", "verify", "compare", "export")
+COMMANDS = ("probe", "recommend", "search", "show", "verify", "compare", "export", "doctor")
 
 
 def autoprec_run(*arguments: str) -> Result:

@@ -17,7 +17,7 @@ from autoprec.errors import AutoprecError, Interrupted, UsageError
 
 __all__ = ["main"]
 
-_COMMANDS = ("probe", "recommend", "search", "show", "verify", "compare", "export")
+_COMMANDS = ("probe", "recommend", "search", "show", "verify", "compare", "export", "doctor")
 
 
 class _Commands(click.Group):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -28,6 +29,7 @@ __all__ = [
     "describe_batch",
     "joined",
     "picked",
+    "read_batches",
     "separable",
 ]
 
@@ -147,6 +149,15 @@ def check_batches(batches: object) -> tuple[Batch, ...]:
     Raises:
         DataError: no sequence of batches, none at all, or a batch without tensors, without rows, or not finite.
     """
+    return read_batches(batches)[0]
+
+
+def read_batches(batches: object) -> tuple[tuple[Batch, ...], tuple[float, ...] | None]:
+    """Return the batches as `check_batches` does, and the seconds waited for each; None where they were in memory.
+
+    Raises:
+        DataError: as `check_batches`.
+    """
     if isinstance(batches, Tensor | Mapping | str | bytes) or not (
         hasattr(batches, "__iter__") and hasattr(batches, "__len__")
     ):
@@ -154,12 +165,16 @@ def check_batches(batches: object) -> tuple[Batch, ...]:
             f"batches must be a list of batches or a DataLoader, got {type(batches).__name__}. "
             "A single batch goes in a list: batches=[batch]."
         )
-    found = tuple(batches)
+    found, waits, waiting = [], [], time.perf_counter()
+    for batch in batches:
+        waits.append(time.perf_counter() - waiting)
+        found.append(batch)
+        waiting = time.perf_counter()
     if not found:
         raise DataError("there are no batches. Give at least one; the drop's interval needs several.")
     for index, batch in enumerate(found):
         _check_batch(index, batch)
-    return found
+    return tuple(found), None if isinstance(batches, list | tuple) else tuple(waits)
 
 
 def _check_batch(index: int, batch: object) -> None:

@@ -22,6 +22,7 @@ from autoprec.probe.batches import (
     call_style,
     check_batches,
     describe_batch,
+    read_batches,
 )
 from autoprec.probe.checks import check_model, parse_mode, parse_outputs
 from autoprec.probe.device import resolve_device
@@ -91,7 +92,10 @@ class Workload:
         bare = getattr(model, "module", model)
         config = getattr(bare, "config", None)
         self.model: Final = model
-        self._batches = check_batches(batches)
+        self._batches, waits = read_batches(batches)
+        #: seconds waited for each batch when they were read, and the loader's workers; None: they were in memory
+        self.waits_s: Final = waits
+        self.loader_workers: Final = int(getattr(batches, "num_workers", 0) or 0)
         self._mode = parse_mode(mode)
         self.loss: Final = loss
         self.outputs: Final = parse_outputs(outputs)

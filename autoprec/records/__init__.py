@@ -12,6 +12,7 @@ from autoprec.records.compared import (
     TrainedFigures,
 )
 from autoprec.records.device import DeviceProfile, FormatSupport, GemmRate, Hardware, Support
+from autoprec.records.diagnosed import Diagnosis, Evidenced, Finding, Severity, TraceReport, UnitTrace
 from autoprec.records.facts import Architecture, ModelFacts
 from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode, TaskMetric
@@ -50,11 +51,14 @@ __all__ = [
     "ComparedPlan",
     "Confirmed",
     "DeviceProfile",
+    "Diagnosis",
     "Direction",
     "Estimate",
     "Evidence",
+    "Evidenced",
     "Explained",
     "Figure",
+    "Finding",
     "FormatSupport",
     "GemmRate",
     "GradScalerSettings",
@@ -87,6 +91,7 @@ __all__ = [
     "SearchResult",
     "SearchSetting",
     "SensitivityProfile",
+    "Severity",
     "Shown",
     "SpeedProfile",
     "Step",
@@ -96,6 +101,7 @@ __all__ = [
     "TargetOutcome",
     "Task",
     "TaskMetric",
+    "TraceReport",
     "TrainedArm",
     "TrainedFigures",
     "TrainingConfirmation",
@@ -106,6 +112,7 @@ __all__ = [
     "UnitMemory",
     "UnitNumerics",
     "UnitTime",
+    "UnitTrace",
     "Verdict",
     "VerdictDecision",
     "Verification",

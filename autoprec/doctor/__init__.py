@@ -1,0 +1,1 @@
+"""The doctor: troubles people have with number formats, found in models, settings, scripts, logs and runs."""

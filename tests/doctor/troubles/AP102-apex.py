@@ -1,0 +1,3 @@
+import apex
+
+model, optimizer = apex.amp.initialize(model, optimizer, opt_level="O2")
