@@ -60,7 +60,7 @@ def test_one_step_safer_and_one_faster_with_their_price() -> None:
 @pytest.mark.parametrize(
     ("device", "options", "safer", "faster"),
     [
-        ("a100-sxm", {}, "lm_head in fp32", None),
+        ("a100-sxm", {}, "lm_head in fp32, multiplied in tf32", None),
         ("a100-sxm", {"max_drop": 0.0}, None, "tf32 on"),
         ("t4", {"max_drop": 0.0}, None, "matmuls in fp16"),
         ("p100", {}, None, None),

@@ -97,10 +97,10 @@ def _safer(plan: Plan, pricing: Pricing) -> Iterator[Step]:
     low = {u.name for u in plan.units if u.format in (Format.BF16, Format.FP16)}
     heads = [u.name for u in plan.units if u.role is Role.LM_HEAD and u.name in low]
     if heads:
-        yield f"{heads[0]} in fp32", _changed(plan, heads, Format.FP32)
+        yield f"{heads[0]} in {_wide(plan)}", _changed(plan, heads, Format.FP32)
     ends = [name for name, fact in pricing.facts.items() if fact.edge and name in low]
     if ends and len(ends) < len(low):
-        yield "first and last block in fp32", _changed(plan, ends, Format.FP32)
+        yield f"first and last block in {_wide(plan)}", _changed(plan, ends, Format.FP32)
     if plan.ambient is not Format.FP32:
         tf32 = pricing.device.tf32.support is Support.NATIVE
         wide = _uniform(plan, pricing, Format.FP32, tf32=tf32)
@@ -147,6 +147,10 @@ def _left_out(plan: Plan, facts: Mapping[str, UnitFacts]) -> Iterator[tuple[str,
 
 def _hazard(plan: Plan, low: Format) -> bool:
     return low is Format.FP16 and overflows_fp16(plan.model.class_name)
+
+
+def _wide(plan: Plan) -> str:
+    return "fp32, multiplied in tf32" if plan.tf32 else "fp32"
 
 
 def _units(names: list[str]) -> str:

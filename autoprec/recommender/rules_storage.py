@@ -13,7 +13,7 @@ from autoprec.records import Architecture
 __all__ = ["STORAGE_RULES"]
 
 _GB = 1e9
-#: logits held in 16 bits and again in fp32 are worth a word from here on
+#: logits, in training held in 16 bits and again in fp32, are worth a word from here on
 _LOGITS_BYTES = 1 << 30
 #: of Adam's two FP32 moments, in bytes a parameter; in 8 bits they take 2
 _MOMENTS, _MOMENTS_8BIT = 8, 2
@@ -30,7 +30,7 @@ def _frozen(case: Case) -> str:
 
 
 def _logits_bytes(case: Case) -> int:
-    return case.tokens * case.logits * (2 + 4)
+    return case.tokens * case.logits * (2 + 4 if case.trains else 2)
 
 
 def _alternative(case: Case, begin: str) -> Mapping[str, Any] | None:
@@ -63,10 +63,10 @@ def _does_not_fit(case: Case) -> str:
 
 
 def _logits(case: Case) -> str:
-    size = f"logits take {_logits_bytes(case) / _GB:.1f} GB in 16 and 32 bits: "
+    size = f"logits take {_logits_bytes(case) / _GB:.1f} GB in 16"
     if case.trains:
-        return size + "a fused or chunked cross-entropy avoids that (use_liger_kernel=True)"
-    return size + "pass logits_to_keep=1 where only the last token's are wanted"
+        return size + " and 32 bits: a fused or chunked cross-entropy avoids that (use_liger_kernel=True)"
+    return size + " bits: pass logits_to_keep=1 where only the last token's are wanted"
 
 
 STORAGE_RULES = (
