@@ -15,7 +15,8 @@ _TOP = """# The doctor
 
 <!-- written by scripts/doctor_docs.py out of the checks: edit those -->
 
-`autoprec doctor` looks for troubles with number formats. It takes any of three things, and more where they are of one run:
+`autoprec doctor` looks for troubles with number formats. It takes any of three things,
+and more where they are of one run:
 
     autoprec doctor path/to/model                        # a model or checkpoint folder
     autoprec doctor --args train.py --args ds.json       # settings and scripts, read as text and never run
@@ -23,22 +24,23 @@ _TOP = """# The doctor
     autoprec doctor path/to/model --args args.json --device t4   # together, for a card that is not here
     autoprec doctor file.py:workload --trace             # a few steps, watched
 
-Each finding has a code that stays, a severity, what was seen and where, a line to paste, and sources. An *error* is broken:
-it fails, or trains to nothing; the exit code is then 1. A *warning* costs quality, time or memory. A *note* is worth
-knowing. `--json` prints one document (`autoprec/diagnosis@1`).
+Each finding has a code that stays, a severity, what was seen and where, a line to paste, and sources. An *error* is
+broken: it fails, or trains to nothing; the exit code is then 1. A *warning* costs quality, time or memory. A *note* is
+worth knowing. `--json` prints one document (`autoprec/diagnosis@1`).
 
 - `--args` takes training arguments, DeepSpeed and accelerate files, YAML and TOML of trainers, launch scripts, Python
   scripts and notebooks. Names it does not know harm nothing.
-- `--log` takes a log or a traceback with whatever launchers put before its lines. A message that is only mentioned, in a
-  changelog or a comment, is no finding. Of a file beyond 32 MB the beginning and the end are read, and it says so.
+- `--log` takes a log or a traceback with whatever launchers put before its lines. A message that is only mentioned, in
+  a changelog or a comment, is no finding. Of a file beyond 32 MB the beginning and the end are read, and it says so.
 - without `--device` nothing is assumed about a card that is not here.
 - `--trace` runs up to three batches in FP32 and in the format that the settings ask for (else FP16): the first unit
   whose values are not finite, the largest activation of each unit, the gradients that FP16 would round to 0, a loss
-  scale, the share of matmuls that ran in the low format, and, where the workload reads a `DataLoader`, the share of time
-  spent waiting for data. What the step raises is read like a log. Its times are medians of a few steps on this machine.
+  scale, the share of matmuls that ran in the low format, and, where the workload reads a `DataLoader`, the share of
+  time spent waiting for data. What the step raises is read like a log. Its times are medians of a few steps on this
+  machine.
 
-Not promised: a script is understood as far as its text is plain (literals, names assigned once); what it computes at run
-time is not. A checkpoint beyond 3 GB is looked into in blocks of each tensor.
+Not promised: a script is understood as far as its text is plain (literals, names assigned once); what it computes at
+run time is not. A checkpoint beyond 3 GB is looked into in blocks of each tensor.
 
 ```python
 from autoprec.doctor.diagnosis import diagnose

@@ -174,7 +174,8 @@ def _traced(case: Case, model: str, made: Any, device: str, tell: Callable[[str]
     tell(f"Loading {model}")
     workload = workload_from(model, device=here, made=made)
     waits, workers = getattr(made, "waits_s", None), getattr(made, "loader_workers", 0)
-    return run_trace(workload, asked[0] if asked else Format.FP16, waits_s=waits, workers=workers, tell=tell)
+    choice = asked[0] if asked else Format.FP16
+    return run_trace(workload, choice, asked=bool(asked), waits_s=waits, workers=workers, tell=tell)
 
 
 def _finding(check: Check, case: Case) -> Finding | None:

@@ -24,6 +24,10 @@ _ANSWER = re.compile(
     r"|decoded|out|回答|输出|结果)\W{1,8}[\"'“]*\s*!{12,}|(?:输出|回答|结果|感叹号).{0,20}!{12,}",
     re.IGNORECASE,
 )
+#: a speaker or a label, then nothing but marks
+_LABELLED = re.compile(
+    r"^\W*(?!warn|error|note|attention|alert|danger|stop)\w{1,20}\s*[:>]\s*[\"'“]*!{12,}\W*$", re.IGNORECASE
+)
 _CUE = re.compile(
     r"\b(?:output|response|assistant|generat\w*|completion|answer|content|prediction|reply|prompt|question|user)\b",
     re.IGNORECASE,
@@ -62,7 +66,7 @@ def exclamation_marks(case: Case) -> Iterator[Evidence]:
 
 def _is_answer(log: Log, index: int) -> bool:
     line = log.lines[index]
-    if _ANSWER.search(line):
+    if _ANSWER.search(line) or _LABELLED.search(line):
         return True
     if not _ALONE.match(line):
         return False

@@ -45,6 +45,7 @@ _NO_FP8 = [
         r"float8.{0,60}(?:only supported|only works|requires?).{0,30}(?:>=? ?8\.9|sm_?89|sm_?90|9\.0)", re.IGNORECASE
     ),
     re.compile(r"fp8.{0,60}requires? .{0,40}compute capability", re.IGNORECASE),
+    re.compile(r"(?:fp8|float8) (?:is |are )?not supported (?:on|by|for) (?:this|the|your)", re.IGNORECASE),
     re.compile(r"pertensor quantization only works for cuda>=8\.9", re.IGNORECASE),
 ]
 _ROWWISE = [
@@ -54,7 +55,7 @@ _ROWWISE = [
     ),
     re.compile(
         r"row-?wise (?:scaling|scaled|quantization|fp8).{0,60}(?:not (?:currently )?supported|only (?:supported"
-        r"|available|works))",
+        r"|available|works)|requires)",
         re.IGNORECASE,
     ),
     re.compile(r"use_rowwise == false", re.IGNORECASE),
@@ -69,7 +70,7 @@ _MPS = [
         r"(?:trying to )?convert b?float16 to the mps backend|convert (?:bfloat16|.{0,12}float8\w*) to the mps",
         re.IGNORECASE,
     ),
-    re.compile(r"bfloat16 is not supported on mps|mps bfloat16 is only supported", re.IGNORECASE),
+    re.compile(r"bfloat16 (?:is )?not supported (?:on|by) (?:the )?mps|mps bfloat16 is only supported", re.IGNORECASE),
     re.compile(r"in mps autocast, but the target dtype is not supported", re.IGNORECASE),
     re.compile(r"mps autocast only supports", re.IGNORECASE),
     re.compile(r"unsupported autocast device_type ['\"]?mps", re.IGNORECASE),
@@ -136,10 +137,10 @@ def emulated_bf16(case: Case) -> Iterator[Evidence]:
 
 
 def _old_gpu(log: Log) -> Iterator[Evidence]:
-    asked = next((i for i, line in enumerate(log.lines) if _BF16_ON.search(line)), None)
+    asked = next((i for i, line in log.distinct if _BF16_ON.search(line)), None)
     if asked is None:
         return
-    for line in log.lines:
+    for _, line in log.distinct:
         match = _GPU.search(line)
         name = match[0] if match else None
         old = _OLD.search(name) if name else None

@@ -58,9 +58,14 @@ _MENTION = re.compile(
     re.IGNORECASE,
 )
 _HANDLED = re.compile(
-    r"\b(?:was|were|is|are|has been|now|got) (?:fixed|resolved|handled|avoided|gone|covered)\b", re.IGNORECASE
+    r"\b(?:was|were|is|are|has been|now|got) (?:fixed|resolved|handled|avoided|gone|covered)\b|\(see |\?\s*(?:\(|$)"
+    r"|^[\s\w]{0,20}\b(?:avoided|prevented|handled|recovered|resolved|fixed) (?:by|with|in|via|through)\b",
+    re.IGNORECASE,
 )
 _FRAME = re.compile(r'^\s*(?:File "[^"]+", line \d+|[\w./-]+\.py:\d+:? in |at ::|frame #\d+)')
+_DIGITS = re.compile(r"\d+")
+#: lines that differ in digits only of which one may be said elsewhere (on another rank, at another frame)
+_REPEATS = 3
 #: lines above an error that belong to its traceback
 _CONTEXT = 160
 #: what a log, a traceback or an issue has somewhere; a poem has none
@@ -115,13 +120,28 @@ class Log:
 
     def said(self, *patterns: re.Pattern[str]) -> Iterator[Said]:
         """Yield every message that matches a pattern and was said as an error, in the order of the log."""
-        for number, line in enumerate(self.lines):
-            text = self._with_continuation(number)
+        for number, text in self.distinct:
             for pattern in patterns:
                 match = pattern.search(text)
-                if match and match.start() <= len(line) and self._is_said(number, text, match):
+                if match and match.start() <= len(self.lines[number]) and self._is_said(number, text, match):
                     yield Said(text, number, self._context(number))
                     break
+
+    @cached_property
+    def distinct(self) -> list[tuple[int, str]]:
+        """Lines, with what a terminal folded, that differ in more than their digits; of equals the first few.
+
+        A long log is the same line a hundred thousand times, and says nothing new in it.
+        """
+        seen: dict[str, int] = {}
+        kept = []
+        for number, line in enumerate(self.lines):
+            shape = _DIGITS.sub("", line)
+            count = seen.get(shape, 0)
+            if line and count < _REPEATS:
+                seen[shape] = count + 1
+                kept.append((number, self._with_continuation(number)))
+        return kept
 
     def _with_continuation(self, number: int) -> str:
         """Return an exception's line with the next two, into which a terminal may have folded it."""

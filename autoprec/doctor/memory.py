@@ -17,7 +17,7 @@ _OOM = [
         re.IGNORECASE,
     ),
     re.compile(r"OutOfMemoryError\b(?!\(RuntimeError\))"),
-    re.compile(r"defaultcpuallocator: (?:can't|not enough)|CUBLAS_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY"),
+    re.compile(r"DefaultCPUAllocator: (?:can't|not enough)|CUBLAS_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY"),
 ]
 _RETRIED = re.compile(r"retry|trying again|reduc\w+ (?:the )?batch|halv|decreas\w+ batch|falling back", re.IGNORECASE)
 _AT_LOSS = re.compile(
@@ -79,7 +79,7 @@ def memory_stays(case: Case) -> Iterator[Evidence]:
 
 
 @check(
-    "AP013", "Out of memory at the logits", Severity.ERROR,
+    "AP013", "The logits take the memory", Severity.ERROR,
     advice="""Batch x length x vocabulary in 16 bits and again in FP32 is the largest tensor of the step. Use a fused or
     chunked cross entropy (Liger), logits_to_keep, or a smaller micro-batch with accumulation.""",
     paste="TrainingArguments(..., use_liger_kernel=True)",

@@ -191,7 +191,7 @@ def _finder(row: Retired) -> Callable[[Case], Iterator[Evidence]]:
                 if row.calls is not None and row.calls(call):
                     yield Evidence(f"{call.name}()", f"{file.path}:{call.line}")
         for log in case.logs if pattern else ():
-            found = next((i for i, line in enumerate(log.lines) if pattern and pattern.search(line)), None)
+            found = next((i for i, line in log.distinct if pattern and pattern.search(line)), None)
             if found is not None:
                 yield Evidence(log.lines[found].strip()[:200], log.place(found))
 

@@ -36,6 +36,7 @@ _NAN_SAID = re.compile(
     re.IGNORECASE,
 )
 
+_REWARDED = re.compile(r"reward|\bkl\b|advantage|completion_length", re.IGNORECASE)
 _NONE_FOUND = re.compile(
     r"\b(?:0|no|zero|any|without)\s+(?:\w+\s+)?(?:nan|inf|non-?finite)|\b(?:if|when|whether|unless)\b.{0,40}(?:nan|inf|finite)",
     re.IGNORECASE,
@@ -130,6 +131,8 @@ def not_finite(case: Case) -> Iterator[Evidence]:
     to pass 65504."""
     for log in case.logs:
         for point, why in _not_finite(log.series):
+            if why.endswith("exactly 0") and _REWARDED.search(log.lines[point.line]):
+                continue  # a policy gradient's loss starts at 0
             yield Evidence(f"{why}: {log.lines[point.line].strip()[:160]}", log.place(point.line))
     if not any(True for log in case.logs for _ in _not_finite(log.series)):
         yield from said(case, [_NAN_SAID], only=lambda m: not _NONE_FOUND.search(m.text), most=2)
@@ -152,30 +155,33 @@ def _not_finite(series: Series) -> Iterator[tuple[Point, str]]:
     if bad is not None:
         yield bad, f"{bad.name.strip()} is {bad.value}"
         return
-    training = series.training()
-    zero = _zeros(training, series)
+    zero = _zeros(series.training(), series)
     if zero is not None:
         yield zero, "the loss is exactly 0"
         return
-    lost = _lasting([p for p in series.norms])
+    lost = _lasting(series.norms)
     if lost is not None:
         yield lost, "the gradient norm stays NaN or infinite"
+
+
+#: a loss above this that is 0 in the next line did not get there by learning
+_SUDDEN = 0.5
 
 
 def _zeros(losses: Sequence[Point], series: Series) -> Point | None:
     """Return the first loss of exactly 0 that a NaN must be behind; a healthy one gets there slowly, or with a
     gradient."""
-    zeros = [p for p in losses if p.value == 0.0]
-    for point in zeros:
-        norm = series.norm_at(point.line)
-        if norm is not None and not math.isfinite(norm):
+    norms = series.norms_by_line()
+    for point in losses:
+        if point.value == 0.0 and not math.isfinite(norms.get(point.line, 0.0)):
             return point
-    ends = losses[-2:]
-    if len(ends) < 2 or any(p.value != 0.0 for p in ends) or any(series.norm_at(p.line) for p in ends):
+    zeros = 0
+    while zeros < len(losses) and losses[-1 - zeros].value == 0.0:
+        zeros += 1
+    if zeros < 2 or any(norms.get(p.line) for p in losses[-zeros:]):
         return None
-    first = next(i for i, p in enumerate(losses) if all(q.value == 0.0 for q in losses[i:]))
-    sudden = first == 0 or losses[first - 1].value > 0.05
-    return losses[first] if sudden else None
+    before = losses[-1 - zeros] if zeros < len(losses) else None
+    return losses[-zeros] if before is None or before.value > _SUDDEN else None
 
 
 def _lasting(norms: Sequence[Point], least: int = 4) -> Point | None:

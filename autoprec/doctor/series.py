@@ -19,7 +19,7 @@ _JOINT = r"[\"']?\s*(?:\s+is\s+(?:now\s+)?|\s+became\s+|\s*[:=|]\s*|\s*->\s*|\s+
 _LOSS = re.compile(
     r"(?<![A-Za-z0-9])(?P<name>(?:[A-Za-z0-9]+[ _/.-]){0,3}loss(?:es)?(?:[/_](?:train|val|valid|eval|test|step"
     r"|epoch|ce|lm|mlm"
-    r"|mean|avg|total|iter|batch|\d+)\w*)?)" + _JOINT + _VALUE,
+    r"|mean|avg|total|iter|batch|[a-z]\b|\d+)\w*)?)" + _JOINT + _VALUE,
     re.IGNORECASE,
 )
 _NORM = re.compile(r"(?<![A-Za-z])(?P<name>grad(?:ient)?[ _]?norm)" + _JOINT + _VALUE, re.IGNORECASE)
@@ -31,7 +31,7 @@ _SCALES = (
 #: sentences about what would be done, not figures; a log of settings is full of them
 _TALK = re.compile(
     r"(?<![a-z])(?:if|when(?:ever)?|whether|unless|until|filter|callback|check(?:s|ing)?|skip|ignore|detect|patience"
-    r"|best|minimum|lowest|initial(?:ised|ized)?|default)(?![a-z])",
+    r"|best|min|prev|minimum|lowest|initial(?:ised|ized)?|default)(?![a-z])",
     re.IGNORECASE,
 )
 
@@ -57,9 +57,9 @@ class Series:
         """Return the losses that are not of an evaluation."""
         return [p for p in self.losses if not re.search(r"eval|valid|val[ _/]|val_|test", p.name, re.IGNORECASE)]
 
-    def norm_at(self, line: int) -> float | None:
-        """Return the gradient norm that stands in a line."""
-        return next((p.value for p in self.norms if p.line == line), None)
+    def norms_by_line(self) -> dict[int, float]:
+        """Return the gradient norms by the line they stand in."""
+        return {p.line: p.value for p in self.norms}
 
 
 def read_series(lines: Iterable[tuple[int, str]]) -> Series:

@@ -57,6 +57,7 @@ def traced(
     workload: Workload,
     choice: Format,
     *,
+    asked: bool = False,
     waits_s: tuple[float, ...] | None = None,
     workers: int = 0,
     tell: Callable[[str], None] = lambda text: None,
@@ -66,6 +67,7 @@ def traced(
     Args:
         workload: on the device to run on.
         choice: fp16 or bf16; what the settings ask for, else fp16, whose range is the narrower.
+        asked: the settings ask for it, so a loop's steps take its time and not FP32's.
         waits_s: seconds waited for each batch when they were read; None where they were in memory.
         workers: of the loader.
         tell: called with a sentence as each part begins.
@@ -89,7 +91,7 @@ def traced(
             tell(f"Running in {choice}")
             low = _low(workload, choice, batches, scale, wide.trains)
             notes += low.notes
-    share, reason = _waiting(waits_s, workers, low.step_s or low.fp32_s)
+    share, reason = _waiting(waits_s, workers, low.step_s if asked else low.fp32_s)
     return Traced(
         TraceReport(
             format=choice, device=device_of(model).type, batches=len(batches), units=tuple(_rows(profile, wide)),
@@ -180,6 +182,8 @@ def _low(workload: Workload, choice: Format, batches: tuple[Batch, ...], scale: 
                 found.bad = _first_overflow(workload, handle, batch, scale if choice is Format.FP16 else None, trains)
                 if found.bad or time.perf_counter() - started > 2 * LONG_STEP_SECONDS:
                     break
+            if found.bad:  # its steps would be skipped: their time says nothing
+                return found
             _times(workload, handle, batches[0], trains, found)
             found.share = _share(workload, handle, batches[0], choice, trains)
     except (AutoprecError, RuntimeError) as error:
