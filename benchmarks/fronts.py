@@ -33,7 +33,7 @@ from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Role
 from autoprec.study.front import ChainUnit, Choice, PredictedFront, predicted_front
 from autoprec.study.space import fp8_fault
 
-__all__ = ["LIMITS", "SIZES", "Sample", "Solved", "samples", "situation", "solved"]
+__all__ = ["LIMITS", "RELATIVES", "SIZES", "Sample", "Solved", "samples", "situation", "solved"]
 
 #: allowances in percent
 LIMITS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
@@ -88,10 +88,12 @@ class Sample:
 
 
 @cache
-def samples() -> tuple[Sample, ...]:
-    """Return all samples: trained models, each followed by its catalogued relatives."""
+def samples(only: str | None = None) -> tuple[Sample, ...]:
+    """Return all samples, or those of one trained model: each is followed by its catalogued relatives."""
     found = []
     for name, relatives in RELATIVES.items():
+        if only not in (None, name):
+            continue
         data = json.loads((FOLDER / f"{name}.json").read_text())
         profile = from_json(ModelProfile, data["profile"], what=name)
         facts = None if data["facts"] is None else from_json(ModelFacts, data["facts"], what=name)

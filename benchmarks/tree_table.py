@@ -1,21 +1,22 @@
 """Make the table that the recommender's decision tree is fitted on, and the tree.
 
-    python benchmarks/tree_table.py
+    python benchmarks/tree_table.py [NAME ...]
 
 Solves fronts (`fronts.py`) of every model with known drops on every catalogued device, in modes, sizes and allowances
-drawn with a fixed seed, and writes `profiles/runs/fronts.csv`, a row a unit, and `profiles/tree.json`. About ten
+drawn with a fixed seed, and writes `profiles/runs/<name>.csv`, a row a unit, and `profiles/tree.json`. About ten
 minutes on one core.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fronts import LIMITS, SIZES, Sample, Solved, samples, situation, solved
+from fronts import LIMITS, RELATIVES, SIZES, Sample, Solved, samples, situation, solved
 
 from autoprec.catalog import device_names, find_device
 from autoprec.files import as_json, write_json
@@ -31,6 +32,8 @@ from autoprec.records import Mode, Support
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 #: units a front, of more drawn ones: eager, and compiled where FP8 is native, of several allowances
 _EAGER_UNITS, _COMPILED_UNITS, _ALLOWANCES = 4, 8, 3
+#: every so many rows one is left out, which keeps the table under 2 MB
+_THINNED = 3
 _LOWEST = 0.25  #: allowances below have no FP8 without a measurement
 
 
@@ -66,9 +69,9 @@ def rows_of(found: Solved, limit: float, count: int, draw: random.Random) -> Ite
     yield from (rows[name] for name in draw.sample(sorted(rows), min(count, len(rows))))
 
 
-def table() -> Iterator[dict[str, Any]]:
-    """Yield all rows."""
-    for sample in samples():
+def table(source: str) -> Iterator[dict[str, Any]]:
+    """Yield all rows of a trained model and its relatives."""
+    for sample in samples(source):
         print(sample.name, file=sys.stderr, flush=True)
         yield from _rows(sample)
 
@@ -89,9 +92,13 @@ def _rows(sample: Sample) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Write the table and the tree."""
+    """Write the tables and the tree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *RELATIVES], metavar="NAME", help=", ".join(RELATIVES))
     (PROFILES / "runs").mkdir(exist_ok=True)
-    (PROFILES / "runs" / "fronts.csv").write_text(as_csv(table()), encoding="utf-8")
+    for source in parser.parse_args().names or RELATIVES:
+        kept = [row for index, row in enumerate(table(source)) if index % _THINNED]
+        (PROFILES / "runs" / f"{source}.csv").write_text(as_csv(kept), encoding="utf-8")
     texts = shipped_texts()
     tables = read_tables(texts)
     tree = fit_tree(tables.rows, table_digest(texts), tables.notes)
