@@ -343,7 +343,7 @@ def test_a_report_that_fails_is_said_once_and_stops_nothing(copied: Path, monkey
         raise OSError("no room")
 
     news = list[Progress]()
-    monkeypatch.setattr(live, "write_report", fail)
+    monkeypatch.setattr(live, "write_atomic", fail)
     report = LiveReport(copied, news.append)
     m = samples.search_result().front[0]
     for stage in ("baselines", "search", "done"):
@@ -353,15 +353,35 @@ def test_a_report_that_fails_is_said_once_and_stops_nothing(copied: Path, monkey
     ]
 
 
+def test_a_page_is_made_before_the_first_measurement_so_that_all_peaks_hold_it(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, written = list[object](), list[object]()
+
+    def make(run: object) -> str:
+        made.append(run)
+        return ""
+
+    monkeypatch.setattr(live, "run_page", make)
+    monkeypatch.setattr(live, "write_atomic", lambda path, text: written.append(path))
+    report = LiveReport(copied, lambda _: None)
+    for stage, m, want in (("probe", None, (0, 0)), ("baselines", None, (1, 0)), ("baselines", None, (1, 0))):
+        report(Progress(stage=stage, message="", elapsed_seconds=1.0, measurement=m))
+        assert (len(made), len(written)) == want
+    report(Progress(stage="baselines", message="", elapsed_seconds=1.0, measurement=samples.search_result().front[0]))
+    assert (len(made), len(written)) == (2, 1)
+
+
 def test_a_report_takes_a_hundredth_of_the_time_at_most(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, written = [0.0], list[float]()
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
 
-    def write(*_: object) -> None:
-        written.append(clock[0])
+    def make(*_: object) -> str:
         clock[0] += 0.5
+        return ""
 
-    monkeypatch.setattr(live, "write_report", write)
+    monkeypatch.setattr(live, "run_page", make)
+    monkeypatch.setattr(live, "write_atomic", lambda *_: written.append(clock[0]))
     monkeypatch.setattr(live, "read_run", lambda path: None)
     report = LiveReport(copied, lambda _: None)
     m = samples.search_result().front[0]

@@ -17,6 +17,7 @@ from autoprec.report.figures import bytes_text, interval, number, origin_note, p
 from autoprec.report.grouping import runs
 
 __all__ = [
+    "NAME",
     "Chart",
     "Data",
     "axis",
@@ -33,6 +34,7 @@ Data = dict[str, Any]
 
 _SPREAD = 2.5  #: largest time over smallest from which on an axis is logarithmic
 _FEW_POWERS = 100.0  #: largest value over smallest up to which powers of ten alone are too few ticks
+NAME = 26  #: letters of a name in a legend or beside a bar
 _LINES = 9  #: of a plan's units, in what is shown when the pointer rests on it
 
 
@@ -47,9 +49,12 @@ class Chart:
     layout: Data
 
 
-def harmless(text: str) -> str:
-    """Return a name as text for plotly, which reads tags and entities in all its texts."""
-    return html.escape(plain(text), quote=False)
+def harmless(text: str, most: int | None = None) -> str:
+    """Return a name as text for plotly, which reads tags and entities in all its texts; cut to `most` letters."""
+    text = plain(text)
+    if most is not None and len(text) > most:
+        text = f"{text[: most - 1]}…"
+    return html.escape(text, quote=False)
 
 
 def axis(title: str, **more: Any) -> Data:
@@ -69,7 +74,8 @@ def time_axis(title: str, times: Sequence[float]) -> Data:
     if times and max(times) > _SPREAD * min(times) > 0:
         # plotly's own ticks between powers of ten are single digits, without their power
         powers = range(math.floor(math.log10(min(times))) - 1, math.ceil(math.log10(max(times))) + 1)
-        ticks = [digit * 10.0**power for power in powers for digit in (1, 1.5, 2, 3, 5, 7)]
+        digits = (1, 2, 5) if max(times) > 2 * _SPREAD * min(times) else (1, 1.5, 2, 3, 5, 7)
+        ticks = [digit * 10.0**power for power in powers for digit in digits]
         return axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:.3g}" for tick in ticks])
     return axis(title)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from autoprec.records import Measurement
 from autoprec.report.charts import (
+    NAME,
     Chart,
     Data,
     harmless,
@@ -22,6 +23,8 @@ from autoprec.report.run import Run
 __all__ = ["front_chart"]
 
 _SYMBOLS = ("diamond", "square", "triangle-up", "pentagon", "hexagon", "cross", "triangle-left")
+#: the eighth, which is the recommended plan where it is none of the others by name, and may lie on one of them
+_OPEN = {"symbol": "diamond-open", "size": 16, "color": "@ink"}
 
 
 def front_chart(run: Run, place: Callable[[Measurement], int]) -> Chart | None:
@@ -42,7 +45,8 @@ def front_chart(run: Run, place: Callable[[Measurement], int]) -> Chart | None:
     trials = [m for m in run.front if m.name not in {b.name for b in bases}]
     traces.append(_points(run, trials, place, floor, "trials of the front", {"size": 9, "color": "@accent"}))
     for index, m in enumerate(bases):
-        marker = {"symbol": _SYMBOLS[index % len(_SYMBOLS)], "size": 11, "color": f"@series{index % 7}"}
+        known = index < len(_SYMBOLS)
+        marker = {"symbol": _SYMBOLS[index], "size": 11, "color": f"@series{index}"} if known else _OPEN
         traces.append(_points(run, [m], place, floor, m.name, marker))
     if run.best is not None:
         traces.append(_ring(run.best, floor, "the plan to use" if run.result else "fastest within the limit so far"))
@@ -79,12 +83,12 @@ def _points(
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": harmless(name),
+        "name": harmless(name, NAME),
         "x": times,
         "y": drops,
         "error_x": interval_bars(times, [m.step_ms_ci95 for m in found]) | bars,
         "error_y": interval_bars(drops, [m.drop_ci95 for m in found], floor) | bars,
-        "marker": {**marker, "line": {"width": 1, "color": "@card"}},
+        "marker": {**marker, "line": {"width": 1.5, "color": "@ink" if marker is _OPEN else "@card"}},
         "text": [hover(m, run.unit) for m in found],
         "customdata": [place(m) for m in found],
         "hovertemplate": "%{text}<extra></extra>",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from autoprec.records import Measurement, MemoryParts, Origin
-from autoprec.report.charts import Chart, Data, axis, harmless, origins
+from autoprec.report.charts import NAME, Chart, Data, axis, harmless, origins
 from autoprec.report.figures import bytes_text
 from autoprec.report.run import Run
 
@@ -23,7 +23,7 @@ def memory_chart(run: Run) -> Chart | None:
         return None
     most = max([b.total_bytes for b in parts.values()] + [m.peak_bytes or 0 for m in peaks.values()])
     size, unit = (1e9, "GB") if most >= _BIG else (1e6, "MB")
-    labels = {name: harmless(name) for name in names}
+    labels = {name: harmless(name, NAME) for name in names}
     origin = origins([*([Origin.PREDICTED] if parts else []), *(m.origin.peak_bytes for m in peaks.values())])
     traces: list[Data] = []
     for index, field in enumerate(fields(MemoryParts)):
@@ -52,7 +52,7 @@ def memory_chart(run: Run) -> Chart | None:
         layout={
             "height": 150 + 52 * len(names),
             "barmode": "stack",
-            "xaxis": axis(f"peak of a step, {unit} ({origin})", rangemode="tozero"),
+            "xaxis": axis(f"peak, {unit} ({origin})", rangemode="tozero"),
             "yaxis": axis("", type="category", autorange="reversed"),
         },
     )

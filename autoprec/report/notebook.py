@@ -55,7 +55,7 @@ def _result(result: SearchResult) -> str:
 def _recommendation(record: Recommended) -> str:
     plan, document = record.plan, record.to_json()
     facts = [Fact("why", reason) for reason in document["reasons"]]
-    facts += [Fact("memory (predicted)", line) for line in fact_lines(_plain(document["memory"]))]
+    facts += [Fact("memory (predicted)", "; ".join(fact_lines(_plain(document["memory"]))))]
     facts += [Fact("expected", line) for line in fact_lines(document["expected"])]
     return _page(plan.model.id, f"recommended: {_about(plan)}", grid_of_plan(plan), facts=[*_settings(plan), *facts])
 

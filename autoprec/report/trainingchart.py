@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from autoprec.records import TrainingConfirmation, TrainingCurve
-from autoprec.report.charts import Chart, Data, axis, harmless
+from autoprec.report.charts import NAME, Chart, Data, axis, harmless
 
 __all__ = ["training_charts"]
 
@@ -66,7 +66,7 @@ def _band(name: str, rows: Sequence[Sequence[float]], index: int) -> list[Data]:
     mean = {
         "type": "scatter",
         "mode": "lines",
-        "name": harmless(name),
+        "name": harmless(name, NAME),
         "x": steps,
         "y": [statistics.fmean(c) for c in columns],
         "line": {"width": 2, "color": f"@{color}"},

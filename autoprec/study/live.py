@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from autoprec.errors import first_line
+from autoprec.files import write_atomic
 from autoprec.records import Progress
-from autoprec.report.html import write_report
+from autoprec.report.html import run_page
 from autoprec.study.course import News
 from autoprec.study.reading import read_run
 
@@ -22,31 +23,38 @@ _SHARE = 0.01
 class LiveReport:
     """Passes news on, and writes the run's page after a measurement where it is due, and at the end.
 
-    News come between measurements, so no step is timed meanwhile. A page that cannot be written is said once, and
-    stops nothing.
+    News come between measurements, so no step is timed meanwhile. A page is made once before the first measurement and
+    thrown away: what that leaves in memory, about 10 MB, would else be in the peaks of all plans but the reference's.
+    A page that cannot be made or written is said once, and stops nothing.
     """
 
     def __init__(self, folder: Path, tell: News) -> None:
         self._folder, self._tell = folder, tell
+        self._ready = self._failed = False
         self._written = time.monotonic()
         self._took = 0.0
-        self._failed = False
 
     def __call__(self, progress: Progress) -> None:
         """Pass a piece of news on, then write the page if it is time."""
         self._tell(progress)
+        if progress.stage == "baselines" and not self._ready:
+            self._make(progress, write=False)
+            self._ready = True
         due = self._took <= _SHARE * (time.monotonic() - self._written)
         if progress.stage == "done" or (progress.measurement is not None and due and not self._failed):
-            self._write(progress)
+            self._make(progress, write=True)
 
-    def _write(self, progress: Progress) -> None:
+    def _make(self, progress: Progress, *, write: bool) -> None:
         begun = time.monotonic()
         try:
-            write_report(self._folder / REPORT, read_run(self._folder))
-        except Exception as fault:  # noqa: BLE001 whatever is wrong with a page, the search is worth more
+            page = run_page(read_run(self._folder))
+            if write:
+                write_atomic(self._folder / REPORT, page)
+        except Exception as fault:  # whatever is wrong with a page, the search is worth more
             if not self._failed:
                 why = f"{REPORT} is not written: {first_line(fault)}"
                 self._tell(replace(progress, message=why, measurement=None, eta_seconds=None))
             self._failed = True
-        self._written = time.monotonic()
-        self._took = self._written - begun
+        if write:
+            self._written = time.monotonic()
+            self._took = self._written - begun
