@@ -288,9 +288,9 @@ def test_formats_a_cpu_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path.write_text(
         "import torch\nwith torch.autocast('cpu', dtype=torch.bfloat16):\n    loss = model(x)\nloss.backward()\n"
     )
-    monkeypatch.setattr("autoprec.doctor.hardware.cpu_instructions", lambda: ("avx2",))
+    monkeypatch.setattr("autoprec.doctor.hosts.cpu_instructions", lambda: ("avx2",))
     assert "AP011" in codes(diagnose(settings=[str(path)], device="cpu"), Severity.WARNING)
-    monkeypatch.setattr("autoprec.doctor.hardware.cpu_instructions", lambda: ("avx2", "avx512_bf16"))
+    monkeypatch.setattr("autoprec.doctor.hosts.cpu_instructions", lambda: ("avx2", "avx512_bf16"))
     assert not codes(diagnose(settings=[str(path)], device="cpu"), Severity.WARNING)
 
 

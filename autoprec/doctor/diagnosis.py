@@ -11,6 +11,7 @@ from autoprec.catalog import find_device
 from autoprec.doctor import (
     generation,
     hardware,
+    hosts,
     loops,
     memory,
     mismatch,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["all_checks", "diagnose"]
 
 #: the files of checks; importing them is what registers theirs
-_FILES = (scaling, mismatch, generation, hardware, storage, memory, speed, loops, traced, retired)
+_FILES = (scaling, mismatch, generation, hardware, hosts, storage, memory, speed, loops, traced, retired)
 #: pieces of evidence shown of one finding; a log repeats itself on every rank
 _EVIDENCE = 5
 
@@ -115,7 +116,7 @@ def _device(device: str) -> DeviceProfile | None:
         return resolve_device("auto")[1]
     kind = device.partition(":")[0]
     if kind == "cpu":
-        return hardware.host_profile()
+        return hosts.host_profile()
     if kind in ("cuda", "mps", "xpu"):
         from autoprec.probe.device import resolve_device
 

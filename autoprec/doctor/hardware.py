@@ -1,4 +1,4 @@
-"""Checks of what a device cannot do, or does without speed: BF16 before Ampere, FP8, CPUs, MPS."""
+"""Checks of what a GPU cannot do, or does without speed: BF16 before Ampere, TF32, FP8 and its recipes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from autoprec.catalog import catalogue_match
 from autoprec.doctor.case import Case, Evidence, check, said
 from autoprec.doctor.logs import Log
 from autoprec.formats import Format, Fp8Recipe
-from autoprec.probe.host import cpu_instructions, cpu_memory_bytes
-from autoprec.records import DeviceProfile, FormatSupport, Origin, Severity, Support
+from autoprec.records import Severity, Support
 
-__all__ = ["host_profile"]
+__all__ = ["asked_format"]
 
 _NO_BF16 = [
     re.compile(r"your setup doesn'?t support bf16", re.IGNORECASE),
@@ -65,34 +64,6 @@ _ROWWISE = [
 ]
 _CUBLAS = re.compile(r"CUBLAS_STATUS_(?:NOT_SUPPORTED|INVALID_VALUE).{0,200}cublasLtMatmul", re.IGNORECASE)
 _FP8_NEAR = re.compile(r"_scaled_mm|float8|fp8|row_?wise|per_?row", re.IGNORECASE)
-_MPS = [
-    re.compile(
-        r"(?:trying to )?convert b?float16 to the mps backend|convert (?:bfloat16|.{0,12}float8\w*) to the mps",
-        re.IGNORECASE,
-    ),
-    re.compile(r"bfloat16 (?:is )?not supported (?:on|by) (?:the )?mps|mps bfloat16 is only supported", re.IGNORECASE),
-    re.compile(r"in mps autocast, but the target dtype is not supported", re.IGNORECASE),
-    re.compile(r"mps autocast only supports", re.IGNORECASE),
-    re.compile(r"unsupported autocast device_type ['\"]?mps", re.IGNORECASE),
-    re.compile(r"(?:fp16|bf16) mixed precision requires a gpu \(not ['\"]?mps", re.IGNORECASE),
-    re.compile(
-        r"(?:undefined type|unsupported type|does not support) .{0,20}bfloat16.{0,60}mps|mps.{0,60}(?:does(?: "
-        r"not|n't)|no) support .{0,20}b(?:f|float)16",
-        re.IGNORECASE,
-    ),
-]
-_CPU_SLOW = [
-    re.compile(r"mkldnn_(?:bf16|reduced)\w* path needs the cpu support", re.IGNORECASE),
-    re.compile(
-        r"bf16.{0,60}(?:cpu|avx512)\w*.{0,60}(?:slow|not (?:natively )?supported|no native|lacks|without|emulat)",
-        re.IGNORECASE,
-    ),
-    re.compile(
-        r"(?:cpu|processor).{0,60}(?:does not|doesn'?t) (?:natively )?support (?:avx512_?bf16|amx|bf16|bfloat16"
-        r"|fp16|float16)",
-        re.IGNORECASE,
-    ),
-]
 #: GPU names in logs, in the words of nvidia-smi and torch
 _GPU = re.compile(
     r"(?:tesla |nvidia |quadro |geforce |a?m?d? ?instinct )+[a-z0-9][\w -]{1,40}|\b(?:t4|v100|p100|p40|k80|a100"
@@ -109,7 +80,8 @@ _BF16_ON = re.compile(
     r"bf(?:loat)?16\b", re.IGNORECASE)  # fmt: skip
 
 
-def _asked(case: Case, choice: Format) -> tuple[str, str] | None:
+def asked_format(case: Case, choice: Format) -> tuple[str, str] | None:
+    """Return how a format is asked for and where, to compute or to store in; None where it is not."""
     placed = case.run.amp.get(choice) or case.run.stored.get(choice)
     return (placed.text, placed.place) if placed else None
 
@@ -127,7 +99,7 @@ def emulated_bf16(case: Case) -> Iterator[Evidence]:
     script that decides by `is_bf16_supported()`, which counts emulation as support."""
     device = case.device
     old = device is not None and device.kind == "cuda" and device.supports(Format.BF16) is not Support.NATIVE
-    if old and device and (asked := _asked(case, Format.BF16)):
+    if old and device and (asked := asked_format(case, Format.BF16)):
         yield Evidence(f"{asked[0]}, and bf16 on {device.name} is {device.supports(Format.BF16)}", asked[1])
     for call, place in case.run.calls("is_bf16_supported", "is_torch_bf16_gpu_available"):
         if call.keywords.get("including_emulation") is not False:
@@ -193,7 +165,7 @@ def no_fp8(case: Case) -> Iterator[Evidence]:
     Transformer Engine, torchao, accelerate, transformers and Triton; told beforehand from FP8 asked of such a
     --device."""
     yield from said(case, _NO_FP8, only=lambda m: not any(p.search(m.text) for p in _ROWWISE))
-    device, asked = case.device, _asked(case, Format.FP8)
+    device, asked = case.device, asked_format(case, Format.FP8)
     if device is not None and device.supports(Format.FP8) is not Support.NATIVE and asked:
         yield Evidence(f"{asked[0]}, and {device.name} has no FP8", asked[1])
 
@@ -220,77 +192,3 @@ def no_rowwise(case: Case) -> Iterator[Evidence]:
         if Fp8Recipe.ROWWISE not in device.fp8_recipes:
             known = f"on {device.name} only {', '.join(device.fp8_recipes)} is known to run with every torch"
             yield Evidence(f"{text}, and {known}", place, Severity.WARNING)
-
-
-@check(
-    "AP011", "This CPU has no units for BF16 or FP16", Severity.WARNING,
-    advice="""Without AVX512-BF16 or AMX a CPU emulates BF16, and FP16 is slow on most: two to hundreds of times
-    slower than FP32. Use FP32 there.""",
-    paste="model = model.float()  # and no autocast on this CPU",
-    sources="pytorch/pytorch#86270 pytorch/pytorch#118499 pytorch/pytorch#111456 pytorch/pytorch#146508 "
-            "pytorch/pytorch#86550",
-)  # fmt: skip
-def slow_cpu(case: Case) -> Iterator[Evidence]:
-    """BF16 or FP16 asked of a CPU (--device cpu, or use_cpu in the settings) that does not have it natively;
-    oneDNN's own complaint in a log; with --trace, a step that was measured slower than in FP32."""
-    yield from said(case, _CPU_SLOW)
-    device = case.device if case.device is not None and case.device.kind == "cpu" else None
-    if case.run.on_cpu is not None and case.device is None:
-        device = host_profile()
-    if device is not None:
-        for choice in (Format.BF16, Format.FP16):
-            asked = _asked(case, choice)
-            # the Trainer's fp16 does nothing on a CPU (AP036)
-            if asked and device.supports(choice) is not Support.NATIVE and not asked[0].startswith("fp16="):
-                yield Evidence(f"{asked[0]}, and {choice} on {device.name} is {device.supports(choice)}", asked[1])
-    trace = case.trace
-    if (
-        trace
-        and trace.device == "cpu"
-        and trace.step_ms
-        and trace.fp32_step_ms
-        and trace.step_ms > 1.3 * trace.fp32_step_ms
-    ):
-        yield Evidence(
-            f"a step took {trace.step_ms:.0f} ms in {trace.format} and {trace.fp32_step_ms:.0f} ms in fp32 "
-            f"(measured, a few steps)",
-            f"the {trace.device} here", Severity.NOTE if trace.format not in {str(f) for f in case.run.amp} else None,
-        )  # fmt: skip
-
-
-def host_profile() -> DeviceProfile:
-    """Return this machine's CPU by its instructions, without measuring anything."""
-    flags = cpu_instructions()
-    low = Support.NATIVE if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else Support.EMULATED
-    half = Support.NATIVE if {"avx512_fp16", "amx_fp16", "asimdhp"} & set(flags) else Support.EMULATED
-    reason = f"instructions: {', '.join(flags) or 'unknown'}"
-    none = FormatSupport(Support.ABSENT, reason)
-    return DeviceProfile(
-        name="this CPU",
-        kind="cpu",
-        origin=Origin.MEASURED,
-        tf32=none,
-        formats={
-            Format.FP32: FormatSupport(Support.NATIVE, reason),
-            Format.BF16: FormatSupport(low, reason),
-            Format.FP16: FormatSupport(half, reason),
-            Format.FP8: none,
-        },
-        memory_bytes=cpu_memory_bytes(),
-        instructions=flags,
-    )
-
-
-@check(
-    "AP024", "MPS does not take this format", Severity.ERROR,
-    advice="""BF16 on MPS needs macOS 14 and a recent torch; FP64 never runs there. Use FP16 or FP32, and no autocast
-    with an older torch.""",
-    paste="model.to(torch.float32).to('mps')",
-    sources="pytorch/pytorch#104191 pytorch/pytorch#78168 pytorch/pytorch#139386 pytorch/pytorch#141864",
-)  # fmt: skip
-def mps_types(case: Case) -> Iterator[Evidence]:
-    """ "Trying to convert BFloat16 to the MPS backend", "MPS Autocast only supports dtype of torch.float16" and the
-    like; told beforehand, as a note, from BF16 asked of --device mps."""
-    yield from said(case, _MPS)
-    if case.device is not None and case.device.kind == "mps" and (asked := _asked(case, Format.BF16)):
-        yield Evidence(f"{asked[0]} on MPS: needs macOS 14", asked[1], Severity.NOTE)

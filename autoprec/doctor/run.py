@@ -6,43 +6,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from autoprec.doctor.scripts import Call
 from autoprec.doctor.settings import Setting, Settings
+from autoprec.doctor.stores import Placed, autocast_formats, cast_of, format_of, load_of, untyped_load
 from autoprec.formats import Format
 
-__all__ = ["Placed", "Run", "format_of"]
+__all__ = ["Run"]
 
-_DTYPES = {
-    "float32": Format.FP32, "float": Format.FP32, "fp32": Format.FP32, "bfloat16": Format.BF16, "bf16": Format.BF16,
-    "float16": Format.FP16, "half": Format.FP16, "fp16": Format.FP16,
-}  # fmt: skip
 #: names under which programs keep the dtype of stored weights
 _DTYPE_NAMES = ("torch_dtype", "dtype", "model_dtype", "weights_dtype", "param_dtype")
+#: dtypes of other things than stored weights
+_OTHER_DTYPES = ("bnb", "quant", "autocast", "mp_policy")
 _ADAPTER_CALLS = ("LoraConfig", "get_peft_model", "prepare_model_for_kbit_training", "BitsAndBytesConfig", "IA3Config",
                   "PeftModel", "AdaLoraConfig", "PromptTuningConfig")  # fmt: skip
 _ROUNDS = ("bf16_stochastic_round", "kahan_sum", "use_kahan_summation", "stochastic_rounding", "master_weights")
 _TRAINS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "train_batch_size",
            "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "num_epochs", "max_epochs", "lr",
            "optimizer", "micro_batch_size", "total_epochs")  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A value that was found, and where."""
-
-    value: Any
-    place: str
-    text: str
-
-
-def format_of(value: Any) -> Format | None:
-    """Return the format a dtype's name means: 'torch.bfloat16', 'bf16', 'half'; None for anything else."""
-    text = str(value).lower().removeprefix("torch.").removeprefix("jnp.").strip()
-    return _DTYPES.get(text)
 
 
 class Run:
@@ -102,9 +84,7 @@ class Run:
             if known:
                 yield Placed(s.value, s.place, f"precision={s.value!r}"), known
         for call, place in self.calls("autocast"):
-            torchs = call.name.startswith(("torch.", "autocast", "amp."))
-            if torchs and call.keywords.get("enabled") is not False:
-                yield from _autocast(call, place)
+            yield from autocast_formats(call, place)
         for call, place in self.calls("fp8_autocast", "convert_to_float8_training", "fp8_model_init", "convert_model"):
             if call.last != "convert_model":
                 yield Placed(True, place, f"{call.last}()"), Format.FP8
@@ -118,24 +98,16 @@ class Run:
     def stored(self) -> dict[Format, Placed]:
         """The formats weights are loaded in or cast to, with where; storage of adapters' frozen bases included."""
         found: dict[Format, Placed] = {}
-        for call, place in self.calls("from_pretrained", "from_config", "pipeline", "AutoModel"):
-            if re.search(r"[Tt]okenizer|[Pp]rocessor|[Ff]eatureExtractor|(?<!from_)[Cc]onfig\b", call.receiver):
-                continue
-            value = call.keywords.get("dtype", call.keywords.get("torch_dtype"))
-            if (choice := format_of(value)) and not _quantised(call):
-                found.setdefault(choice, Placed(value, place, f"{call.last}(…, dtype={value})"))
+        frozen = {call.receiver for call, _ in self.calls("requires_grad_") if call.args[:1] == (False,)}
+        for call, place in self.calls("from_pretrained", "from_config", "pipeline"):
+            if call.target not in frozen and (load := load_of(call, place)):
+                found.setdefault(*load)
         for call, place in self.calls("half", "bfloat16", "to", "set_default_dtype"):
-            if placed := _cast(call, place):
+            if not {call.target, call.receiver} & frozen and (placed := cast_of(call, place)):
                 found.setdefault(placed.value, placed)
         for s in self.get(*_DTYPE_NAMES):
-            if choice := format_of(s.value):
-                if (
-                    "bnb" not in s.name
-                    and "quant" not in s.name
-                    and "autocast" not in s.name
-                    and "mp_policy" not in s.name
-                ):
-                    found.setdefault(choice, Placed(s.value, s.place, f"{s.name}={s.value}"))
+            if (choice := format_of(s.value)) and not any(part in s.name for part in _OTHER_DTYPES):
+                found.setdefault(choice, Placed(s.value, s.place, f"{s.name}={s.value}"))
         for s in self.get("pure_bf16"):
             if s.on:
                 found.setdefault(Format.BF16, Placed(s.value, s.place, "pure_bf16=true"))
@@ -148,20 +120,8 @@ class Run:
     @cached_property
     def untyped_loads(self) -> tuple[Placed, ...]:
         """Models loaded without a dtype, which take that of the checkpoint."""
-        found = []
-        for call, place in self.calls("from_pretrained"):
-            named = {"dtype", "torch_dtype"} & set(call.keywords)
-            if (
-                not named
-                and re.search(r"(?:Model|For[A-Z]\w+|LMHeadModel)\w*$", call.receiver)
-                and not _quantised(call)
-            ):
-                if not re.search(r"Peft|Adapter|ValueHead", call.receiver):
-                    name = call.args[0] if call.args and isinstance(call.args[0], str) else ""
-                    found.append(
-                        Placed(name, place, f"{call.receiver}.from_pretrained({name!r})" if name else f"{call.name}()")
-                    )
-        return tuple(found)
+        calls = [*self.calls("from_pretrained"), *((c, p) for c, p in self._all_calls() if c.last.endswith("Trainer"))]
+        return tuple(load for call, place in calls if (load := untyped_load(call, place)))
 
     @cached_property
     def names(self) -> tuple[Placed, ...]:
@@ -264,54 +224,3 @@ class Run:
         for file in self.files:
             for call in file.script.calls if file.script is not None else ():
                 yield call, f"{file.path}:{call.line}"
-
-
-def _autocast(call: Call, place: str) -> Iterator[tuple[Placed, Format]]:
-    given = call.keywords.get("dtype", call.args[1] if len(call.args) > 1 else None)
-    device = str(call.keywords.get("device_type", call.args[0] if call.args else ""))
-    known = format_of(given) if given is not None else None
-    if known is None and "dtype" not in call.keywords and given is None:
-        # torch's own defaults: float16 on cuda, bfloat16 on cpu
-        known = Format.BF16 if device == "cpu" or "cpu" in call.name else Format.FP16
-        if device and device not in ("cuda", "cpu", "mps", "xpu") and "cuda" not in call.name:
-            known = None
-    if known not in (None, Format.FP32):
-        yield Placed(known, place, f"{call.name}(dtype={given or 'left out: ' + known})"), known
-
-
-def _quantised(call: Call) -> bool:
-    return any(call.keywords.get(k) for k in ("load_in_4bit", "load_in_8bit")) or "quantization_config" in call.keywords
-
-
-#: what `.to(dtype)`, `.half()` is called on, where it is a model and not a tensor
-_MODULE = re.compile(
-    r"(?:model|net|module|encoder|decoder|unet|vae|transformer|lm|llm|backbone|network|gpt|bert)\w*(?:\(.*\))?$",
-    re.IGNORECASE,
-)
-
-
-def _is_module(call: Call) -> bool:
-    """Tell a model from a tensor by its names: what it is called on, or the name it is given."""
-    receiver = call.receiver
-    tail = receiver if receiver.endswith(")") else receiver.rpartition(".")[2]
-    built = re.match(r"(?:[a-z_]\w*\.)*[A-Z]\w+(?:\.from_\w+)?\(", receiver) and not receiver.startswith("torch.")
-    return bool(
-        built
-        or _MODULE.search(tail)
-        or "from_pretrained(" in receiver
-        or _MODULE.search(call.target.rpartition(".")[2])
-    )
-
-
-def _cast(call: Call, place: str) -> Placed | None:
-    if call.last == "set_default_dtype":
-        known = format_of(call.args[0]) if call.args else None
-        return Placed(known, place, f"torch.set_default_dtype({call.args[0]})") if known else None
-    if call.last == "to":
-        given = [call.keywords.get("dtype"), *call.args]
-        known = next((f for v in given if v is not None and str(v).startswith("torch.") and (f := format_of(v))), None)
-    else:
-        known = Format.FP16 if call.last == "half" else Format.BF16
-    if known is None or not _is_module(call):
-        return None
-    return Placed(known, place, f"{call.receiver[:60]}.{call.last}({'torch.' + known if call.last == 'to' else ''})")

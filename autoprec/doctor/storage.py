@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from autoprec.doctor.case import Case, Evidence, check
-from autoprec.doctor.run import Placed
+from autoprec.doctor.stores import Placed
 from autoprec.formats import BF16, Format
 from autoprec.records import Severity
 
