@@ -48,10 +48,11 @@ def priced(plan: Plan, batch_size: int) -> StepTime:
 
 def test_one_step_safer_and_one_faster_with_their_price() -> None:
     done = recommended(LLAMA, "h100-sxm", method="lora")
-    attention = [u.name for u in done.plan.units if u.format is Format.FP8 and u.role is Role.ATTENTION]
-    assert done.safer["what"] == f"attention of {len(attention)} blocks back to bf16"
-    assert done.safer["units"] == len(attention) > 0
-    expected = priced(done.plan.replace(dict.fromkeys(attention, "bf16")), 8).step_ms.value
+    low = [u.name for u in done.plan.units if u.format is Format.FP8]
+    assert {done.plan.unit(name).role for name in low} == {Role.FFN}  # else its attention would go back first
+    assert done.safer["what"] == f"all {len(low)} fp8 units back to bf16"
+    assert done.safer["units"] == len(low) > 0
+    expected = priced(done.plan.replace(dict.fromkeys(low, "bf16")), 8).step_ms.value
     assert done.safer["step_ms"]["value"] == pytest.approx(expected)
     assert done.safer["speedup"]["value"] < 1 < done.faster["speedup"]["value"]
     assert done.safer["step_ms"]["origin"] == "predicted" and "measure" in done.safer["drop"]
@@ -104,9 +105,13 @@ def test_a_device_with_nothing_native_gets_fp32_and_a_whole_answer() -> None:
 def test_the_tokens_from_which_fp8_pays_are_where_the_time_model_says() -> None:
     done = recommended(LLAMA, "h100-sxm", method="lora")
     change = next(c for c in done.changes if c["kind"] == "tokens")
-    narrow = done.plan
-    names = [u.name for u in narrow.units if u.format is Format.FP8]
-    wide = narrow.replace(dict.fromkeys(names, "bf16"))
+    inner = [
+        name
+        for name in done.plan.assignment
+        if name.split(".")[0] == "blocks" and name.split(".")[1] not in ("0", "31")
+    ]
+    assert len(inner) == 60  # of 32 blocks the first and the last stay out
+    wide, narrow = (done.plan.replace(dict.fromkeys(inner, choice)) for choice in ("bf16", "fp8"))
     at = change["at"] // 512
     assert change["at"] % 512 == 0 and f"{change['at']:,} tokens" in change["text"]
     assert speed_ratio(priced(wide, at), priced(narrow, at)).low > 1
@@ -121,7 +126,9 @@ def test_another_card_and_another_limit_are_what_recommend_says_of_them() -> Non
     assert "h100-sxm-80gb" not in cards and "does not fit" in cards["t4"]
     limit = next(c for c in done.changes if c["kind"] == "max_drop")
     tight = recommended(LLAMA, "h100-sxm", method="lora", max_drop=limit["at"]).plan
-    assert Format.FP8 not in tight.formats and "bf16 60" in limit["text"]
+    differ = len(tight.diff(done.plan).units)
+    assert Format.FP8 not in tight.formats and differ > 0
+    assert f"bf16 {differ - 1} fp32 1" in limit["text"]
 
 
 # code
