@@ -67,7 +67,7 @@ def test_it_can_be_read_and_says_what_its_leaves_are() -> None:
 def test_scikit_learn_follows_the_same_paths() -> None:
     rows = read_tables(shipped_texts()).rows.sample(2000, random_state=1)
     tree = fit_tree(rows, "", leaves=6)
-    labels = [tree.follow(row)[0].label for row in rows[list(FEATURES)].to_dict("records")]
+    labels = [tree.follow(dict(zip(FEATURES, row, strict=True)))[0].label for row in rows[list(FEATURES)].to_numpy()]
     model = sklearn.tree.DecisionTreeClassifier(max_leaf_nodes=6, min_samples_leaf=0.01, random_state=0)
     model.fit(rows[list(FEATURES)].to_numpy(), rows["label"], sample_weight=rows["stake"] + 0.01)
     assert sum(a == b for a, b in zip(labels, model.predict(rows[list(FEATURES)].to_numpy()), strict=True)) > 1990
