@@ -61,7 +61,7 @@ def _noted(course: Course, plans: Iterator[Measurement]) -> Iterator[Measurement
         yield plan
 
 
-def _finish(course: Course) -> SearchResult:
+def _finish(course: Course, teach: bool = False) -> SearchResult:
     """Write result.json and, where there is something to do, plan.json; return the result."""
     ledger = course.ledger
     assert ledger.reference is not None
@@ -109,6 +109,9 @@ def _finish(course: Course) -> SearchResult:
         unit_ms=unit_times(course.forecast),
     )
     course.folder.write("result.json", as_json(result))
+    if teach:
+        best = result.reference if result.chosen is None else result.front[result.chosen]
+        course.news("done", learn(course, best.assignment))
     course.news("done", outcome.verdict.text)
     return result
 
@@ -193,8 +196,4 @@ def carry_out(
             folder=str(where),
             result=_finish(course) if course.ledger.reference else None,
         ) from None
-    result = _finish(course)
-    if teach:
-        best = result.reference if result.chosen is None else result.front[result.chosen]
-        course.news("done", learn(course, best.assignment))
-    return result
+    return _finish(course, teach)
