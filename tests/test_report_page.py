@@ -26,6 +26,7 @@ from autoprec.records import (
     MemoryParts,
     Mode,
     Moment,
+    Origin,
     Progress,
     SearchResult,
     TrainedArm,
@@ -242,6 +243,12 @@ def test_the_page_says_what_the_result_says(folder: Path) -> None:
 
 def test_figures_of_the_page_have_their_origins(hostile: Page) -> None:
     said = " ".join(hostile.text.split())
+    assert "training measured: beside FP32" in said and "training emulated" not in said
+    away = dataclasses.replace(samples.device_profile(), origin=Origin.DATASHEET)
+    elsewhere = Page(run_page(dataclasses.replace(hostile_run(), device=away)))
+    titles = {c["name"]: c["layout"]["yaxis"]["title"]["text"] for c in elsewhere.data["charts"]}
+    assert titles["training0"] == "training loss (emulated)"
+    assert "training emulated: beside FP32" in " ".join(elsewhere.text.split())
     assert "(emulated)" in said and "memory by part predicted: by the memory model" in said
 
 
