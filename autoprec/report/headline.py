@@ -95,7 +95,7 @@ def _tiles(
         note = f"{interval(best.drop, best.drop_ci95)} {unit}, {origin.drop}"
         found.append(Tile("drop", f"{number(best.drop_percent, 2)} %", note))
     if confirmed is not None and confirmed.high is not None:
-        note = f"{unit}, on {confirmed.batches} unseen batches: {confirmed.answer}"
+        note = f"{unit}, {origin.drop}, on {confirmed.batches} unseen batches: {confirmed.answer}"
         found.append(Tile("drop confirmed, at most", number(confirmed.high), note))
     if best.peak_bytes is not None:
         beside = f", FP32 {bytes_text(reference.peak_bytes)}" if reference and reference.peak_bytes else ""

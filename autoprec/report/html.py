@@ -66,7 +66,7 @@ def run_page(run: Run) -> str:
         "course_charts": _made(convergence_chart(run)),
         "fit_charts": _made(drop_fit_chart(run), time_fit_chart(run)),
         "memory_chart": memory_chart(run),
-        "training_charts": list(training_charts(run.result.trained if run.result else ())),
+        "training_charts": list(training_charts(run.result.trained if run.result else (), run.numerics)),
     }
     every = [c for one in charts.values() for c in (one if isinstance(one, list) else [one]) if c is not None]
     return fill(

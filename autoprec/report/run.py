@@ -13,6 +13,7 @@ from autoprec.records import (
     DeviceProfile,
     Measurement,
     ModelProfile,
+    Origin,
     SearchResult,
     SearchSetting,
     SensitivityProfile,
@@ -65,6 +66,12 @@ class Run:
     def baselines(self) -> list[Measurement]:
         """Measurements that are no trial, those that were stopped or could not run too."""
         return [row.measurement for row in self.rows if row.trial is None]
+
+    @property
+    def numerics(self) -> Origin:
+        """The origin of what was run, beside times: emulated for a device that is not here."""
+        away = self.device is not None and self.device.origin is not Origin.MEASURED
+        return Origin.EMULATED if away else Origin.MEASURED
 
     @property
     def unit(self) -> str:

@@ -150,7 +150,7 @@ def origin_table(run: Run) -> PlainTable:
         add(
             "largest batch", ("predicted",) if result.largest_batches else (), "by the memory model; time in proportion"
         )
-        add("training", ("measured",) if result.trained else (), "beside FP32, same batches and seeds")
+        add("training", (run.numerics,) if result.trained else (), "beside FP32, same batches and seeds")
     return PlainTable(("figure", "origin"), tuple(rows), range(0))
 
 

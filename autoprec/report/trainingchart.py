@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from autoprec.records import TrainingConfirmation, TrainingCurve
+from autoprec.records import Origin, TrainingConfirmation, TrainingCurve
 from autoprec.report.charts import NAME, Chart, Data, axis, harmless
 
 __all__ = ["training_charts"]
@@ -13,7 +13,7 @@ __all__ = ["training_charts"]
 _REFERENCE = "fp32"
 
 
-def training_charts(trained: Sequence[TrainingConfirmation]) -> Iterator[Chart]:
+def training_charts(trained: Sequence[TrainingConfirmation], origin: Origin) -> Iterator[Chart]:
     """Yield two charts for each confirmation: losses by step, and each plan's loss less FP32's of the same seed."""
     for number, one in enumerate(trained):
         curves: dict[str, list[TrainingCurve]] = {}
@@ -33,7 +33,7 @@ def training_charts(trained: Sequence[TrainingConfirmation]) -> Iterator[Chart]:
             title="Training: loss of each step",
             caption=f"{steps}. Lines are means over seeds, bands reach from the lowest seed to the highest.",
             traces=traces,
-            layout={"height": 380, "xaxis": axis("optimizer step"), "yaxis": axis("training loss (measured)")},
+            layout={"height": 380, "xaxis": axis("optimizer step"), "yaxis": axis(f"training loss ({origin})")},
         )
         gaps = [trace for i, (n, own) in enumerate(curves.items()) for trace in _gap(n, own, curves, i)]
         if gaps:
@@ -42,7 +42,7 @@ def training_charts(trained: Sequence[TrainingConfirmation]) -> Iterator[Chart]:
                 title="Training: gap to FP32",
                 caption="The plan's loss less FP32's at the same step and seed: what the formats alone change.",
                 traces=gaps,
-                layout={"height": 380, "xaxis": axis("optimizer step"), "yaxis": axis("loss less FP32's (measured)")},
+                layout={"height": 380, "xaxis": axis("optimizer step"), "yaxis": axis(f"loss less FP32's ({origin})")},
             )
 
 
