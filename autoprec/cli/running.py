@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RUNS",
     "build_workload",
+    "device_here",
     "model_of_run",
     "new_run",
     "newest_run",
@@ -42,8 +43,22 @@ def build_workload(
     Raises:
         ModelError, DataError, DeviceError: the model, its data or the device cannot be used.
     """
-    from autoprec.probe.device import resolve_device
     from autoprec.probe.workload import workload_from
+
+    here = device_here(model, device, absent=absent)
+    return workload_from(model, data=Path(data) if data else None, device=here, **options)
+
+
+def device_here(model: str, device: str, *, absent: bool = False) -> str:
+    """Return the torch device on which a model is to run.
+
+    Args:
+        absent: for a named device that is not here, return what is.
+
+    Raises:
+        DeviceError: the device is not here, or no device is called so.
+    """
+    from autoprec.probe.device import resolve_device
 
     here, _ = resolve_device(device)
     if here is None and absent:
@@ -53,7 +68,7 @@ def build_workload(
             f"'{device}' is not here, and what is run must be run here. Use --device auto, or for a device that is "
             f"not here: autoprec recommend {model} --device {device}, search with it, or verify with --emulate"
         )
-    return workload_from(model, data=Path(data) if data else None, device=str(here), **options)
+    return str(here)
 
 
 def slug(model: str) -> str:

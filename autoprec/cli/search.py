@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -21,10 +22,14 @@ from autoprec.cli.common import (
     result_console,
     workload_options,
 )
-from autoprec.cli.running import build_workload, model_of_run, new_run, newest_run, read_settings
+from autoprec.cli.running import device_here, model_of_run, new_run, newest_run, read_settings
 from autoprec.errors import Interrupted, UsageError, closest
 from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.records import SearchResult
+
+if TYPE_CHECKING:
+    from autoprec.study.protocol import Loading
+    from autoprec.study.worker import Worker
 
 __all__ = ["command"]
 
@@ -67,6 +72,9 @@ _WORKLOAD = (
 )
 @click.option("--storage", metavar="URL", show_default="a journal in the run folder", help="Optuna storage.")
 @click.option("--resume", is_flag=True, help="Go on with --out, or with the model's newest run here.")
+@click.option(
+    "--force", is_flag=True, help="With --resume: measure all again where model, data, torch or device differ."
+)
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed of data order and sampling.")
 @click.option("--out", metavar="DIR", show_default="autoprec-runs/<time>-<model>", help="Run folder.")
 @json_option
@@ -85,15 +93,20 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     options = _settled(ctx, given)
     duration_seconds(options["budget"])  # a slip of the pen is told before a model is loaded
     DropLimit.parse(options["max_drop"])
+    if options["force"] and not options["resume"]:
+        raise UsageError("--force measures an earlier search again, so it goes with --resume.")
     model, folder = options["model"], _folder(options)
     from autoprec.report.progress import News
 
     console = errors_console()
     try:
-        with quiet(), News(console) as news:
+        with quiet(), News(console) as news, contextlib.ExitStack() as watch:
             news.say(options["said"] or f"Searching {model}")
             news.doing(f"Loading {model}")
-            workload = build_workload(model, absent=True, **{name: options[name] for name in _WORKLOAD})
+            loading, worker = _begin(options)
+            watch.enter_context(worker)
+            # the worker has the device; what is loaded here tells only what the model is
+            workload = loading.load("cpu")
             for note in workload.notes:
                 news.say(note)
             news.say(f"Measuring for {options['budget']}; Ctrl-C keeps what was measured, in {folder}")
@@ -110,8 +123,10 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 seed=options["seed"],
                 out=folder,
                 resume=options["resume"],
+                force=options["force"],
                 progress=news,
                 spent_seconds=time.monotonic() - started,
+                worker=worker,
             )
     except Interrupted as stop:
         where = stop.folder or str(folder)
@@ -122,6 +137,17 @@ def command(ctx: click.Context, /, **given: Any) -> None:
             f"Interrupted; what was measured is in {where}. Go on with:\n  {line}", folder=where
         ) from None
     _show(result, folder, as_json=options["as_json"])
+
+
+def _begin(options: dict[str, Any]) -> tuple[Loading, Worker]:
+    """Return how the workload is loaded, and a process to measure in, which imports while this one loads."""
+    from autoprec.study.protocol import Loading
+    from autoprec.study.worker import Worker
+
+    named = {name: options[name] for name in _WORKLOAD if name != "device"}
+    here = device_here(options["model"], options["device"], absent=True)
+    loading = Loading(model=options["model"], device=here, **named)
+    return loading, Worker(loading)
 
 
 def _settled(ctx: click.Context, given: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +226,7 @@ def _resume_line(ctx: click.Context, options: dict[str, Any], folder: str) -> st
         name, flag = parameter.name or "", parameter.opts[-1]
         value = options.get(name)
         typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if name in ("model", "resume", "out") or value is None or value is False:
+        if name in ("model", "resume", "force", "out") or value is None or value is False:
             continue
         if typed or value != parameter.get_default(ctx):
             words += [flag] if value is True else [flag, str(value)]

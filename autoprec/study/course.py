@@ -6,20 +6,23 @@ It goes on until the budget is spent, or until there is nothing left to gain as 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
 
 from autoprec.errors import DeviceError, MeasurementError, PlanError
 from autoprec.files import as_json
 from autoprec.formats import Format
-from autoprec.measurement import Request, evaluate
+from autoprec.measurement import DeviceFailed, Request, evaluate
 from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.pacing import SAME
+from autoprec.probe.sensitivity import probe_sensitivity
+from autoprec.probe.speed import probe_speed
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit
 from autoprec.records import (
@@ -31,15 +34,15 @@ from autoprec.records import (
     SpeedProfile,
     TrainingConfirmation,
 )
-from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
 from autoprec.study.knowledge import drop_priors, forecast_priors, sensitivity_of, speed_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
-from autoprec.study.race import Answer, Spread, judge
+from autoprec.study.protocol import Hopeless
 from autoprec.study.sampler import FrontSampler
 from autoprec.study.space import SearchSpace, describe
+from autoprec.study.worker import Worker, WorkerLost
 
 __all__ = ["Candidates", "Course", "News"]
 
@@ -48,6 +51,8 @@ _Key: TypeAlias = tuple[tuple[str, str], ...]
 
 #: a plan this many times slower than FP32 is stopped after its first step
 _STOP_SLOWER = 3.0
+#: so many measurements in a row that cannot be carried out end a search: then it is not the plans
+_FAULTS = 5
 #: proposals in a row that were measured before, after which the space counts as seen
 _STALE = 200
 #: name of the recommender's plan among the measured
@@ -94,8 +99,12 @@ class Course:
     scale: float
     #: kept back for confirmation
     confirm_seconds: float
+    #: digest of the model's weights
+    weights: str
     #: where the device is not here: drops are emulated, times and memory predicted
     forecast: Forecast | None = None
+    #: where measurements run; None: in this process
+    worker: Worker | None = None
     notes: list[str] = field(default_factory=list)
     known: SensitivityProfile | None = None
     speed: SpeedProfile | None = None
@@ -105,12 +114,15 @@ class Course:
     #: why nothing was confirmed
     unconfirmed: str | None = None
     evaluations: int = 0
+    #: measurements in a row that could not be carried out at all
+    faults: int = 0
     sampler: FrontSampler | None = None
     #: what is known, from the moment the study is open
     ledger: Ledger = field(init=False)
 
-    def open(self, storage: str | BaseStorage | None, resume: bool) -> Ledger:
+    def open(self, storage: str | BaseStorage | None, resume: bool, force: bool) -> Ledger:
         """Open or begin the study, and write what is known of device and units."""
+        self.folder.patience.tell = lambda text: self.news("storage", text)
         profile, mode = self.space.profile, self.workload.mode
         ledger = open_ledger(
             self.folder,
@@ -120,12 +132,14 @@ class Course:
                 "model": profile.fingerprint,
                 "mode": str(mode),
                 "space": describe(self.space),
-                "weights": weights_digest(self.workload.model),
+                "weights": self.weights,
                 "data": self.workload.data_digest(),
                 "device": self.device.name,
+                "torch": torch.__version__,
             },
             limit=self.limit,
             resume=resume,
+            force=force,
         )
         self.folder.write("device.json", as_json(self.device))
         self.folder.write("units.json", as_json(profile))
@@ -134,8 +148,16 @@ class Course:
     def probe(self) -> None:
         """Learn each unit's sensitivity and time; where one cannot be had, the search goes on without."""
         self.news("probe", "each unit's sensitivity")
+        worker = self.worker
         self.known, why = sensitivity_of(
-            self.workload, self.space, self.budget, self.folder, self.seed, self.tell, self.forward_seconds
+            self.workload,
+            self.space,
+            self.budget,
+            self.folder,
+            self.seed,
+            self.tell,
+            self.forward_seconds,
+            worker.probe_sensitivity if worker else probe_sensitivity,
         )
         if self.known:
             self.scale = self.known.scale
@@ -143,7 +165,13 @@ class Course:
         if self.forecast is None:
             self.news("probe", "what each unit takes")
             self.speed, slow = speed_of(
-                self.workload, self.space, self.budget, self.folder, self.tell, self.forward_seconds
+                self.workload,
+                self.space,
+                self.budget,
+                self.folder,
+                self.tell,
+                self.forward_seconds,
+                worker.probe_speed if worker else probe_speed,
             )
         self.notes += [text for text in (why, slow) if text]
 
@@ -165,9 +193,9 @@ class Course:
             found = self._baseline(baseline)
             self.ledger.add_baseline(found)
             self.news("baselines", baseline.name, measurement=found)
-        if self.ledger.is_new():
-            self._tell_baselines()
-            self._enqueue()
+        # a kill may have come between any two of these
+        self._tell_baselines()
+        self._enqueue()
 
     def _baseline(self, baseline: Baseline) -> Measurement:
         if baseline.plan is None:
@@ -185,7 +213,10 @@ class Course:
     def _tell_baselines(self) -> None:
         """Give the study the baselines of the space as trials, so that a sampler learns from them."""
         plans = {b.name: b.plan for b in self.plans.baselines}
+        told = self.ledger.told()
         for found in self.measured():
+            if found.name in told:
+                continue
             choices = self._standing_for(plans.get(found.name))
             if choices is not None and found.drop is not None and found.step_ms is not None:
                 self.ledger.tell_known(choices, self._distributions, found)
@@ -237,6 +268,12 @@ class Course:
             done += 1
             left = self.budget.left if trials is None else (trials - done) * self.budget.each_seconds
             self.news("search", found.name, left, trial=trial.number, measurement=found)
+            if self.faults >= _FAULTS:
+                self.notes.append(
+                    f"the search ended early: {self.faults} plans in a row could not be measured, the last because "
+                    f"{found.reason}. What was measured stands; go on with --resume"
+                )
+                break
             if (
                 trials is None
                 and idle >= _IDLE
@@ -303,24 +340,56 @@ class Course:
             timing_seconds=max(0.5, 0.02 * self.budget.seconds),
             stop_slower=_STOP_SLOWER if reference else None,
             deadline=self.budget.started + self.budget.seconds - self.confirm_seconds,
-            is_hopeless=self._is_hopeless if race and self.limit_value > 0 else None,
+            is_hopeless=self._hopeless() if race and self.limit_value > 0 else None,
         )
         try:
-            found = evaluate(request)
-        except (DeviceError, PlanError) as error:
-            if reference is None:  # not this plan's fault, then
+            found = self.measure(request)
+            self.faults = 0
+        except DeviceFailed:  # in this process nothing can be measured any more
+            raise
+        except (DeviceError, PlanError, MeasurementError) as error:
+            # of the reference, it is not this plan's fault; nor in this process, where a reference that fails now fails
+            if reference is None or (self.worker is None and isinstance(error, MeasurementError)):
                 raise
             found = Measurement(name=name, assignment=plan.assignment, reason=str(error))
+            self.faults += isinstance(error, MeasurementError)
+        if waited := self.folder.patience.taken():  # as the one before was written
+            found = replace(found, reason="; ".join(filter(None, (found.reason, *waited))))
         self.evaluations += 1
         if found.drop is not None:
-            self.budget.each_seconds = time.monotonic() - begun
+            self.budget.learn(time.monotonic() - begun)
         self.ledger.spend(self.budget.elapsed, self.evaluations)
         return found
 
-    def _is_hopeless(self, drops: Sequence[float]) -> bool:
-        """Say whether a plan's drops are above the limit, whatever is still to come."""
-        spread = Spread.of([m.batch_drops for m in self.measured() if m.batch_drops], drops)
-        return judge(drops, self.limit_value, spread=spread, planned=len(self.workload.batches)) is Answer.ABOVE
+    def measure(self, request: Request) -> Measurement:
+        """Measure where this search measures; where somebody killed the worker, once more.
+
+        Raises:
+            WorkerLost: the worker process was lost over it.
+            MeasurementError, DeviceError, PlanError: as `evaluate`.
+        """
+        worker = self.worker
+        if worker is None:
+            return evaluate(request)
+        worker.expected_seconds = self.budget.each_seconds
+        worker.last_call = self.budget.last_call()
+        try:
+            return worker.evaluate(request)
+        except WorkerLost as error:
+            lost = error
+        if not lost.killed or not self.budget.has_time():
+            raise lost
+        worker.last_call = self.budget.last_call()
+        try:
+            found = worker.evaluate(request)
+        except WorkerLost as error:
+            raise WorkerLost(f"{lost}, twice" if str(error) == str(lost) else f"{lost}; then {error}") from None
+        return replace(found, reason="; ".join(filter(None, (found.reason, f"measured again: {lost}"))))
+
+    def _hopeless(self) -> Hopeless:
+        """Return what says whether a plan's drops are above the limit, whatever is still to come."""
+        earlier = [m.batch_drops for m in self.measured() if m.batch_drops]
+        return Hopeless(limit=self.limit_value, earlier=earlier, planned=len(self.workload.batches))
 
     def plan(self, assignment: Mapping[str, Format]) -> Plan:
         """Return the plan of an assignment of the space."""

@@ -17,7 +17,7 @@ import optuna
 import torch
 from optuna.storages import BaseStorage
 
-from autoprec.errors import StudyError
+from autoprec.errors import MeasurementError, StudyError
 from autoprec.formats import Format
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.device import probe_device
@@ -29,6 +29,7 @@ from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.recommender.recommender import recommend_plan
 from autoprec.records import DeviceProfile, FormatSupport, Mode, Progress, SearchResult, Support
 from autoprec.runtime.fp8 import fp8_missing
+from autoprec.runtime.identity import let_go, weights_digest
 from autoprec.study.away import absent_device, forecast_of
 from autoprec.study.baselines import baselines
 from autoprec.study.budget import Budget, first_look
@@ -37,6 +38,7 @@ from autoprec.study.confirming import split
 from autoprec.study.course import Candidates, Course, News
 from autoprec.study.folder import RunFolder
 from autoprec.study.space import build_space
+from autoprec.study.worker import Worker
 
 __all__ = ["search"]
 
@@ -58,8 +60,10 @@ def search(
     *,
     out: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: News | None = None,
     spent_seconds: float = 0.0,
+    worker: Worker | None = None,
 ) -> SearchResult:
     """Search for the fastest assignment of formats whose drop is within a limit, by measuring.
 
@@ -77,8 +81,12 @@ def search(
         seed: of the sampler.
         out: the run folder; None makes `autoprec-runs/<time>-<model>/`.
         resume: go on with the search in `out`; a folder without one starts.
+        force: when resuming a search of another model, data, torch or device, measure again what it measured; what it
+            had is kept beside.
         progress: called with news as they come.
         spent_seconds: of the budget, used before the call, as by loading the model.
+        worker: a process to measure in, which loads the same workload; `workload` is then let go of its weights, and
+            may be on another device. None: measurements run in this process, and what ends it ends the search.
 
     Raises:
         StudyError: folder or storage is in use, holds another search, or cannot be written; or the budget is too
@@ -90,7 +98,8 @@ def search(
     started = time.monotonic() - spent_seconds
     clock, limit = Budget(duration_seconds(budget), started), DropLimit.parse(max_drop)
     path = Path(out) if out is not None else _default_folder(workload)
-    away = absent_device(workload, device)
+    here = device_of(workload.model) if worker is None else torch.device(worker.loading.device)
+    away = absent_device(here, device)
     with RunFolder(path) as folder, _quiet_optuna(), _old_objects_aside():
         try:
             if folder.has_study() and not resume:
@@ -98,8 +107,8 @@ def search(
                     f"run folder {path} holds a search already. Go on with it by --resume, "
                     "or choose another folder with --out."
                 )
-            run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed, away)
-            return carry_out(run, storage, resume, trials)
+            run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed, away, worker)
+            return carry_out(run, storage, resume, force, trials)
         finally:
             folder.discard_if_new()
 
@@ -113,20 +122,23 @@ def _prepare(
     tell: News,
     seed: int,
     away: DeviceProfile | None,
+    worker: Worker | None,
 ) -> Course:
     """Probe device and model, build the space and the plans to start with, and check that the budget holds them.
 
     Args:
         away: the device to search for, where it is not the workload's.
+        worker: where measurements run; None: in this process.
     """
-    here = device_of(workload.model)
-    workload, unseen = split(workload)
+    whole, (workload, unseen) = workload, split(workload)
     tell(Progress(stage="probe", message="probing the device and the model's units", elapsed_seconds=budget.elapsed))
+    weights, profile = weights_digest(workload.model), probe_units(workload.model, model_id=workload.model_id)
+    here, worker, notes = _settle(worker, whole, workload, away, weights, tell)
     if away is not None:
         device = away
     else:
-        device = _runnable(probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds))), here)
-    profile = probe_units(workload.model, model_id=workload.model_id)
+        seconds = min(8.0, max(1.0, 0.05 * budget.seconds))
+        device = _runnable((worker.probe_device if worker else probe_device)(str(here), seconds=seconds), here)
     built = build_space(space, profile, device)
     rows, length = workload.batch_shape
     forecast = None if away is None else forecast_of(workload, profile, away)
@@ -134,7 +146,7 @@ def _prepare(
         baselines=tuple(baselines(built.profile, device, workload.mode)),
         recommended=recommend_plan(profile, device, mode=workload.mode, batch_size=rows, seq_len=length),
     )
-    look = first_look(workload)
+    look = worker.first_look() if worker else first_look(workload)
     count = sum(b.plan is not None for b in plans.baselines) + 1
     budget.expect(look, count)
     tell(
@@ -162,7 +174,41 @@ def _prepare(
         tell=tell,
         seed=seed,
         forecast=forecast,
-        notes=[] if forecast is None else _assumptions(forecast, here),
+        worker=worker,
+        weights=weights,
+        notes=notes if forecast is None else [*notes, *_assumptions(forecast, here)],
+    )
+
+
+def _settle(
+    worker: Worker | None,
+    whole: Workload,
+    seen: Workload,
+    away: DeviceProfile | None,
+    weights: str,
+    tell: News,
+) -> tuple[torch.device, Worker | None, list[str]]:
+    """Have the worker load, and let this process's weights go; return where measurements run, and what is to be said.
+
+    A user's function that gives another model each time cannot be loaded twice: then this process measures.
+    """
+    if worker is None:
+        return device_of(whole.model), None, []
+    here, worker.tell = torch.device(worker.loading.device), tell
+    opened = worker.open(whole, seen, away)
+    if (opened.weights, opened.data) == (weights, whole.data_digest()):
+        let_go(whole.model)
+        return here, worker, []
+    worker.close()
+    if here != device_of(whole.model):
+        raise MeasurementError(
+            f"{worker.loading.model} gives other weights or data each time it is called, so no process of its own "
+            "can measure it. Draw them from a fixed seed, or call autoprec.search(workload) in Python."
+        )
+    return (
+        here,
+        None,
+        [f"measured in this process, because {whole.model_id} gives another model each time it is called"],
     )
 
 
