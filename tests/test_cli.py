@@ -496,7 +496,7 @@ def asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def begin(options: dict[str, Any]) -> Any:
         seen.update(model=options["model"], workload=options)
-        return SimpleNamespace(load=lambda device: SimpleNamespace(notes=("a note",))), contextlib.nullcontext()
+        return SimpleNamespace(load=lambda device: SimpleNamespace(notes=("a note",))), [contextlib.nullcontext()]
 
     def search(workload: Any, **options: Any) -> SearchResult:
         seen.update(options)

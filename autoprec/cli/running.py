@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprec.errors import AutoprecError, DeviceError, PlanError
-from autoprec.files import read_json
+from autoprec.files import read_json, read_limited
 
 if TYPE_CHECKING:
     from autoprec.probe.workload import Workload
@@ -28,6 +28,8 @@ __all__ = [
 
 RUNS = Path("autoprec-runs")
 SETTINGS = Path("autoprec.toml")
+#: one table, written by hand
+_LARGEST_SETTINGS = 1 << 20
 
 _RUN_NAME = re.compile(r"\d{8}-\d{6}-(?P<model>.+)")
 
@@ -74,7 +76,7 @@ def device_here(model: str, device: str, *, absent: bool = False) -> str:
 def slug(model: str) -> str:
     """Return the model's name as it stands in a run folder's name: 'models/GPT 2' is 'gpt-2'."""
     last = model.rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-") or "model"
+    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:60] or "model"
 
 
 def new_run(model: str) -> Path:
@@ -132,10 +134,10 @@ def read_settings() -> dict[str, Any] | None:
         AutoprecError: the file is no TOML, or holds more than one table of plain values.
     """
     try:
-        content = tomllib.loads(SETTINGS.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_limited(SETTINGS, _LARGEST_SETTINGS))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise AutoprecError(
             f"./{SETTINGS} cannot be read: {fault}. It holds one table [autoprec] whose keys are the long options, "
             'such as model = "gpt2" and budget = "20m".'

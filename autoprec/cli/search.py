@@ -73,6 +73,14 @@ _WORKLOAD = (
 @click.option("--storage", metavar="URL", show_default="a journal in the run folder", help="Optuna storage.")
 @click.option("--resume", is_flag=True, help="Go on with --out, or with the model's newest run here.")
 @click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that measure, each with the model: drops side by side, times in turns.",
+)
+@click.option(
     "--force", is_flag=True, help="With --resume: measure all again where model, data, torch or device differ."
 )
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed of data order and sampling.")
@@ -103,8 +111,9 @@ def command(ctx: click.Context, /, **given: Any) -> None:
         with quiet(), News(console) as news, contextlib.ExitStack() as watch:
             news.say(options["said"] or f"Searching {model}")
             news.doing(f"Loading {model}")
-            loading, worker = _begin(options)
-            watch.enter_context(worker)
+            loading, workers = _begin(options)
+            for worker in workers:
+                watch.enter_context(worker)
             # the worker has the device; what is loaded here tells only what the model is
             workload = loading.load("cpu")
             for note in workload.notes:
@@ -126,7 +135,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 force=options["force"],
                 progress=news,
                 spent_seconds=time.monotonic() - started,
-                worker=worker,
+                workers=workers,
             )
     except Interrupted as stop:
         where = stop.folder or str(folder)
@@ -139,15 +148,19 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     _show(result, folder, as_json=options["as_json"])
 
 
-def _begin(options: dict[str, Any]) -> tuple[Loading, Worker]:
-    """Return how the workload is loaded, and a process to measure in, which imports while this one loads."""
+def _begin(options: dict[str, Any]) -> tuple[Loading, list[Worker]]:
+    """Return how the workload is loaded, and the processes to measure in, which import while this one loads."""
+    import torch
+
     from autoprec.study.protocol import Loading
     from autoprec.study.worker import Worker
 
     named = {name: options[name] for name in _WORKLOAD if name != "device"}
     here = device_here(options["model"], options["device"], absent=True)
     loading = Loading(model=options["model"], device=here, **named)
-    return loading, Worker(loading)
+    count = options["workers"]
+    threads = max(1, torch.get_num_threads() // count)
+    return loading, [Worker(loading, threads) for _ in range(count)]
 
 
 def _settled(ctx: click.Context, given: dict[str, Any]) -> dict[str, Any]:

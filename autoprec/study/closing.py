@@ -43,7 +43,7 @@ def _confirm(course: Course) -> None:
         earlier=[m.batch_drops for m in rows if m.batch_drops],
         plan_of=partial(_plan_of, course),
         has_time=lambda: course.budget.left > 0,
-        measure=course.measure if course.worker else None,
+        measure=partial(course.measure, worker=course.worker) if course.worker else None,
         forecast=course.forecast,
         also=partial(trained_worse, course),
     )

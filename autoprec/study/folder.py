@@ -115,7 +115,7 @@ class RunFolder:
             return JournalStorage(PatientJournal(os.path.abspath(self.journal), self.patience))
         except OSError as error:
             raise StudyError(f"journal {self.journal} cannot be used: {error.strerror}.") from None
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError) as error:
             raise StudyError(
                 f"journal {self.journal} is damaged ({error}). Start anew in another folder with --out."
             ) from None

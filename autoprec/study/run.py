@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import optuna
@@ -63,7 +63,7 @@ def search(
     force: bool = False,
     progress: News | None = None,
     spent_seconds: float = 0.0,
-    worker: Worker | None = None,
+    workers: Sequence[Worker] = (),
 ) -> SearchResult:
     """Search for the fastest assignment of formats whose drop is within a limit, by measuring.
 
@@ -85,8 +85,9 @@ def search(
             had is kept beside.
         progress: called with news as they come.
         spent_seconds: of the budget, used before the call, as by loading the model.
-        worker: a process to measure in, which loads the same workload; `workload` is then let go of its weights, and
-            may be on another device. None: measurements run in this process, and what ends it ends the search.
+        workers: processes to measure in, which load the same workload; `workload` is then let go of its weights, and
+            may be on another device. Several take trials side by side, and time one after the other. None: measurements
+            run in this process, and what ends it ends the search.
 
     Raises:
         StudyError: folder or storage is in use, holds another search, or cannot be written; or the budget is too
@@ -98,7 +99,7 @@ def search(
     started = time.monotonic() - spent_seconds
     clock, limit = Budget(duration_seconds(budget), started), DropLimit.parse(max_drop)
     path = Path(out) if out is not None else _default_folder(workload)
-    here = device_of(workload.model) if worker is None else torch.device(worker.loading.device)
+    here = torch.device(workers[0].loading.device) if workers else device_of(workload.model)
     away = absent_device(here, device)
     with RunFolder(path) as folder, _quiet_optuna(), _old_objects_aside():
         try:
@@ -107,7 +108,7 @@ def search(
                     f"run folder {path} holds a search already. Go on with it by --resume, "
                     "or choose another folder with --out."
                 )
-            run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed, away, worker)
+            run = _prepare(workload, clock, limit, space, folder, progress or (lambda _: None), seed, away, workers)
             return carry_out(run, storage, resume, force, trials)
         finally:
             folder.discard_if_new()
@@ -122,18 +123,19 @@ def _prepare(
     tell: News,
     seed: int,
     away: DeviceProfile | None,
-    worker: Worker | None,
+    workers: Sequence[Worker],
 ) -> Course:
     """Probe device and model, build the space and the plans to start with, and check that the budget holds them.
 
     Args:
         away: the device to search for, where it is not the workload's.
-        worker: where measurements run; None: in this process.
+        workers: where measurements run; none: in this process.
     """
     whole, (workload, unseen) = workload, split(workload)
     tell(Progress(stage="probe", message="probing the device and the model's units", elapsed_seconds=budget.elapsed))
     weights, profile = weights_digest(workload.model), probe_units(workload.model, model_id=workload.model_id)
-    here, worker, notes = _settle(worker, whole, workload, away, weights, tell)
+    here, workers, notes = _settle(workers, whole, workload, away, weights, tell)
+    worker = workers[0] if workers else None
     if away is not None:
         device = away
     else:
@@ -174,42 +176,44 @@ def _prepare(
         tell=tell,
         seed=seed,
         forecast=forecast,
-        worker=worker,
+        workers=workers,
         weights=weights,
         notes=notes if forecast is None else [*notes, *_assumptions(forecast, here)],
     )
 
 
 def _settle(
-    worker: Worker | None,
+    workers: Sequence[Worker],
     whole: Workload,
     seen: Workload,
     away: DeviceProfile | None,
     weights: str,
     tell: News,
-) -> tuple[torch.device, Worker | None, list[str]]:
-    """Have the worker load, and let this process's weights go; return where measurements run, and what is to be said.
+) -> tuple[torch.device, tuple[Worker, ...], list[str]]:
+    """Have the workers load, and let this process's weights go; return where measurements run, and what is to be said.
 
     A user's function that gives another model each time cannot be loaded twice: then this process measures.
     """
-    if worker is None:
-        return device_of(whole.model), None, []
-    here, worker.tell = torch.device(worker.loading.device), tell
-    opened = worker.open(whole, seen, away)
-    if (opened.weights, opened.data) == (weights, whole.data_digest()):
+    if not workers:
+        return device_of(whole.model), (), []
+    first = workers[0]
+    here, first.tell = torch.device(first.loading.device), tell
+    data = whole.data_digest()
+    for worker in workers:
+        opened = worker.open(whole, seen, away)
+        if (opened.weights, opened.data) != (weights, data):
+            break
+    else:
         let_go(whole.model)
-        return here, worker, []
-    worker.close()
+        return here, tuple(workers), []
+    for worker in workers:
+        worker.close()
     if here != device_of(whole.model):
         raise MeasurementError(
-            f"{worker.loading.model} gives other weights or data each time it is called, so no process of its own "
+            f"{first.loading.model} gives other weights or data each time it is called, so no process of its own "
             "can measure it. Draw them from a fixed seed, or call autoprec.search(workload) in Python."
         )
-    return (
-        here,
-        None,
-        [f"measured in this process, because {whole.model_id} gives another model each time it is called"],
-    )
+    return here, (), [f"measured in this process, because {whole.model_id} gives another model each time it is called"]
 
 
 def _assumptions(forecast: Forecast, here: torch.device) -> list[str]:
@@ -238,7 +242,8 @@ def _runnable(profile: DeviceProfile, here: torch.device) -> DeviceProfile:
 
 def _default_folder(workload: Workload) -> Path:
     slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(workload.model_id).name)
-    return Path("autoprec-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{slug or 'model'}"
+    # a file name has 255 bytes
+    return Path("autoprec-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{slug[:60] or 'model'}"
 
 
 @contextlib.contextmanager

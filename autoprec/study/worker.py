@@ -69,10 +69,14 @@ class Worker:
     """A process that measures a workload; its methods stand for the functions of the same names in this process.
 
     Use it as a context. It starts at once, so that it imports while the search loads; `open` has it load.
+
+    Args:
+        loading: how it makes its workload.
+        threads: that it computes with; None: as many as this process.
     """
 
-    def __init__(self, loading: Loading) -> None:
-        self.loading = loading
+    def __init__(self, loading: Loading, threads: int | None = None) -> None:
+        self.loading, self._threads = loading, threads
         self.tell: Callable[[Progress], None] = lambda news: None
         #: what a measurement is expected to take
         self.expected_seconds = 0.0
@@ -80,6 +84,8 @@ class Worker:
         self.last_call = float("inf")
         #: seconds that the last request took beyond the worker's own
         self.overhead_seconds = 0.0
+        #: whether nothing it may still say is wanted
+        self.given_up = False
         self._away: DeviceProfile | None = None
         self._numbers: dict[int, int] = {}
         self._seen: list[int] = []
@@ -173,6 +179,12 @@ class Worker:
         )
         return self._do(Measurement, "evaluate", self._patience(0.0), until=self.last_call, order=as_json(order))
 
+    def give_up(self) -> None:
+        """End what it is at, from whatever thread."""
+        self.given_up, process = True, self._process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process, whatever it is doing."""
         if self._process is not None:
@@ -219,7 +231,7 @@ class Worker:
 
     def _open(self) -> Opened:
         away = None if self._away is None else as_json(self._away)
-        asked = {"loading": as_json(self.loading), "threads": torch.get_num_threads(), "away": away}
+        asked = {"loading": as_json(self.loading), "threads": self._threads or torch.get_num_threads(), "away": away}
         return self._call(Opened, "open", time.monotonic() + _LOAD_SECONDS, _LOAD_SECONDS, asked)
 
     def _do(self, kind: type[T], what: str, patience: float, until: float = float("inf"), **asked: Any) -> T:
