@@ -14,7 +14,7 @@ DEMO_READY := $(VENV)/.ready-demo
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs fast real nightly gpu tree bench bench-predict bench-search bench-sensitivity models catalogue clean
+.PHONY: help demo test lint types docs fast real nightly audit gpu tree bench bench-predict bench-search bench-sensitivity models catalogue clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{printf "  make %-18s", $$2; $$1 = $$2 = ""; print $$0}'
@@ -45,6 +45,12 @@ nightly: models ## all tests on real trained models, the long ones too, the repo
 	$(INSTALL) -e '.[nightly]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 7200 -m "(nightly or real) and not gpu"
 
+audit: $(TEST_READY) ## known vulnerabilities of the versions in constraints.txt (pip-audit, in .venv-audit), and licences
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install -q pip-audit
+	$(BIN)/python scripts/licences.py
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
 gpu: $(TEST_READY) ## on a machine with a card: its tests, then measure it and check emulation and predictions; five minutes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "gpu"
 	$(BIN)/python scripts/gpu_check.py
@@ -74,7 +80,7 @@ catalogue: $(TEST_READY) ## write profiles/models/*.json anew, after a change of
 	$(BIN)/python benchmarks/catalogue.py
 
 clean: ## remove the environment, caches and builds; run folders stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-audit build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A mark holds the folder it was made in: an environment that was moved, or lost its Python, is made again.

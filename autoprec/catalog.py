@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from autoprec.errors import AutoprecError, DeviceError, closest
-from autoprec.files import from_json
+from autoprec.files import from_json, read_limited
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
 from autoprec.kept import BOOST, kept_names, kept_profile
 from autoprec.records import DeviceProfile, FormatSupport, Hardware, Origin, Support
@@ -34,6 +34,8 @@ __all__ = [
     "search_space_names",
 ]
 
+#: written by hand, one thing a file
+_LARGEST_TOML = 1 << 20
 _PEAKS = ("fp32", "tf32", "bf16", "fp16", "fp8")
 
 
@@ -276,10 +278,12 @@ def read_toml(file: Traversable | Path, what: str) -> dict[str, Any]:
         AutoprecError: it is missing, unreadable, or no TOML.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        text = read_limited(file, _LARGEST_TOML)
     except FileNotFoundError:
         raise AutoprecError(f"{what} does not exist") from None
-    except (OSError, UnicodeDecodeError) as fault:
+    except (OSError, ValueError) as fault:
         raise AutoprecError(f"{what} cannot be read: {fault}") from None
-    except tomllib.TOMLDecodeError as fault:
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as fault:  # a number of too many digits is a ValueError
         raise AutoprecError(f"{what} is no valid TOML: {fault}") from None

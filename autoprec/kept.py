@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from autoprec.errors import AutoprecError, DeviceError
-from autoprec.files import as_json, from_json, write_json
+from autoprec.files import as_json, from_json, read_limited, write_json
 from autoprec.formats import Format
 from autoprec.records import DeviceProfile, Origin, Support
 
@@ -127,7 +127,7 @@ def _figures(profile: DeviceProfile) -> Iterator[tuple[str, float | None, float 
 def _read(path: Path, what: str) -> DeviceProfile:
     """Read a kept file strictly."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_limited(path))
     except (OSError, ValueError, RecursionError) as fault:
         raise DeviceError(f"{what} is damaged or cannot be read: {fault}. {_AGAIN}") from None
     if not isinstance(document, dict) or document.get("schema") != _SCHEMA:

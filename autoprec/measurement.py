@@ -8,10 +8,12 @@ and, in train mode, the error of the gradient. The model is given back as it was
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,11 +29,14 @@ from autoprec.probe.pairs import LONG_STEP_SECONDS, Pairs, first_ratio, one_exam
 from autoprec.probe.passes import first_bad_unit
 from autoprec.probe.readout import Readout, ReadoutKind
 from autoprec.probe.steps import Peak, Stepper, device_of, kept_state, peak_bytes, plain_fp32
+from autoprec.probe.turns import Turns
 from autoprec.probe.workload import Workload
 from autoprec.records import Measurement, MeasurementOrigins, Mode, Origin, Role
 from autoprec.runtime.attach import Applied, apply
 
-__all__ = ["Request", "evaluate", "measure"]
+__all__ = ["DeviceFailed", "Request", "evaluate", "measure"]
+
+_NOT_ALONE = "timed beside another process on the device, which would not end in time"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,7 +49,7 @@ class Request:
     `stop_slower` times the reference after its first step is stopped; one of which `is_hopeless` says so, told the
     drops of the batches so far, sees no more batches, and as few pairs as may be. `drop_only` leaves out all but drops.
     With a `forecast` nothing is timed: the device is not here, so times and memory are the forecast's, and formats are
-    emulated.
+    emulated. `beat` is called now and then while other processes have the device.
     """
 
     workload: Workload
@@ -61,6 +66,11 @@ class Request:
     is_hopeless: Callable[[Sequence[float]], bool] | None = None
     drop_only: bool = False
     forecast: Forecast | None = None
+    beat: Callable[[], None] = lambda: None
+
+
+class DeviceFailed(MeasurementError):
+    """The device has failed: nothing can run on it from here on, in this process."""
 
 
 def measure(workload: Workload, plan: Plan, emulate: bool = False, device: str = "auto") -> Measurement:
@@ -86,15 +96,18 @@ def evaluate(request: Request) -> Measurement:
     """Carry out one request; a plan that cannot be run to its end, is stopped or overflows says so in `reason`.
 
     Raises:
-        MeasurementError: the reference cannot be run, its output is not finite, or the device has failed.
+        MeasurementError: the reference cannot be run, or its output is not finite.
+        DeviceFailed: the device has failed.
     """
     try:
-        return _evaluate(request)
-    except torch.AcceleratorError as error:  # nothing can run on the device from here on, in this process
-        raise MeasurementError(
+        return _finite(request, _evaluate(request))
+    except torch.AcceleratorError as error:
+        raise DeviceFailed(
             f"the device failed while measuring {request.name}: {first_line(error)}. Start again in a new process; "
             "a search goes on with --resume."
         ) from error
+    except MemoryError as error:
+        reason = f"out of memory on the host: {first_line(error)}"
     except RuntimeError as error:
         reason = first_line(error)
         if out_of_memory(error):
@@ -109,23 +122,28 @@ def _evaluate(request: Request) -> Measurement:
     workload, plan = request.workload, request.plan
     device = device_of(workload.model)
     training = workload.mode is Mode.TRAIN
-    with kept_state(workload.model, weights=training), plain_fp32(device.type):
+    with (
+        Turns(device, request.deadline, request.beat).computing() as turns,
+        kept_state(workload.model, weights=training),
+        plain_fp32(device.type),
+    ):
         handle = apply(workload.model, plan, request.emulate)
         try:
             if request.drop_only:
                 handle.model.eval()
-                kind, parts = _drop(request, handle, Pairs())
+                kind, parts = _drop(request, handle, Pairs(), turns)
                 if fault := _not_finite(workload, parts):
                     return _stopped(request, fault)
                 return _drops_alone(request, summarise(kind, parts), parts)
             if request.forecast is None:
-                with kept_state(workload.model, weights=training):  # 0 times a NaN gradient would still spoil a weight
+                # 0 times a NaN gradient would still spoil a weight
+                with kept_state(workload.model, weights=training), turns.timing():
                     reason = _too_slow(request, handle)
                 if reason is not None:
                     return _stopped(request, reason)
             handle.model.eval()
             timing = Pairs()
-            kind, parts = _drop(request, handle, timing)
+            kind, parts = _drop(request, handle, timing, turns)
             if fault := _not_finite(workload, parts):
                 return _stopped(request, fault)
             if len(parts) < len(workload.batches):
@@ -139,25 +157,32 @@ def _evaluate(request: Request) -> Measurement:
             if request.forecast is not None:
                 handle.remove()
                 return _forecasted(request, request.forecast, summarise(kind, parts), parts, gradient)
-            _time(request, handle, timing)
+            with turns.timing() as alone:
+                _time(request, handle, timing)
             stepper = Stepper(workload, plan.grad_scaler)
             peak = peak_bytes(device, lambda: stepper.run(workload.batches[0]))
         finally:
             if handle._attached:
                 handle.remove()
     metric = _metric(request)
-    return _measurement(request, summarise(kind, parts), parts, gradient, timing, peak, metric)
+    found = _measurement(request, summarise(kind, parts), parts, gradient, timing, peak, metric)
+    return found if alone else replace(found, reason="; ".join(filter(None, (found.reason, _NOT_ALONE))))
 
 
 # drop
 
 
-def _drop(request: Request, handle: Applied, timing: Pairs) -> tuple[ReadoutKind, list[Comparison]]:
-    """Compare every batch, one batch's outputs held at a time; in infer mode these runs are timed steps as well."""
+def _drop(request: Request, handle: Applied, timing: Pairs, turns: Turns) -> tuple[ReadoutKind, list[Comparison]]:
+    """Compare every batch, one batch's outputs held at a time.
+
+    In infer mode these runs are timed steps as well, where no other process uses the device.
+    """
     workload, parts, kind = request.workload, [], ReadoutKind.LOGITS
-    clock = timing if workload.mode is Mode.INFER else Pairs()
+    timed = workload.mode is Mode.INFER and request.forecast is None and not request.drop_only and turns.alone_now()
+    clock = timing if timed else Pairs()
     with torch.no_grad():
         for index, batch in enumerate(workload.batches):
+            turns.let_pass()
             run = partial(workload.forward, batch)
             raw, own = clock.pair(handle, run, run)
             reference = workload.readout(batch, raw)
@@ -343,6 +368,23 @@ def _drops_alone(request: Request, summary: Summary, parts: Sequence[Comparison]
         origin=MeasurementOrigins(drop=Origin.EMULATED if fake else Origin.MEASURED),
         batch_drops=_batch_drops(parts),
     )
+
+
+def _finite(request: Request, found: Measurement) -> Measurement:
+    """Return a measurement without figures that are no numbers: they say so, and fail what cannot do without them."""
+    figures = {f.name: getattr(found, f.name) for f in fields(found)}
+    spoilt = [
+        name
+        for name, value in figures.items()
+        if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float))
+    ]
+    if not spoilt:
+        return found
+    reason = f"not a finite number: {', '.join(spoilt)}"
+    if {"drop", "step_ms", "grad_error", "batch_drops"} & set(spoilt):
+        return _stopped(request, reason)
+    nothing: dict[str, Any] = dict.fromkeys(spoilt)
+    return replace(found, **nothing, reason="; ".join(filter(None, (found.reason, reason))))
 
 
 def _stopped(request: Request, reason: str) -> Measurement:

@@ -45,6 +45,7 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr("autoprec.study.run.probe_device", sample_device)
     monkeypatch.setattr(course, "evaluate", lambda request: evaluate(short(request)))
+    monkeypatch.setattr("autoprec.study.patience.SECONDS", 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two threads wait for each other where another process has a core
     yield

@@ -5,6 +5,7 @@ AUTOPREC_UPDATE_GOLDEN=1 rewrites golden/help.txt from the help as it is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -493,9 +494,9 @@ def asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Note what a search would be asked, and answer with the sample result."""
     seen: dict[str, Any] = {}
 
-    def build(model: str, **options: Any) -> Any:
-        seen.update(model=model, workload=options)
-        return SimpleNamespace(notes=("a note",))
+    def begin(options: dict[str, Any]) -> Any:
+        seen.update(model=options["model"], workload=options)
+        return SimpleNamespace(load=lambda device: SimpleNamespace(notes=("a note",))), [contextlib.nullcontext()]
 
     def search(workload: Any, **options: Any) -> SearchResult:
         seen.update(options)
@@ -503,7 +504,7 @@ def asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise seen["raise"]
         return samples.search_result()
 
-    monkeypatch.setattr(autoprec.cli.search, "build_workload", build)
+    monkeypatch.setattr(autoprec.cli.search, "_begin", begin)
     monkeypatch.setattr(autoprec.study.run, "search", search)
     return seen
 

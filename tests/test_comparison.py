@@ -230,7 +230,7 @@ def test_a_device_that_is_not_here_is_emulated_and_predicted() -> None:
     torch.set_num_threads(1)
     case = case_of("llama")
     workload = Workload(case.model, [case.batch, case.batch], "train")
-    known = absent_device(workload, "h100-sxm")
+    known = absent_device(torch.device("cpu"), "h100-sxm")
     assert known is not None
     forecast = forecast_of(workload, probe_units(workload.model), known)
     got = compare_plans(workload, named(workload, "bf16", "fp8", "tf32"), forecast=forecast)

@@ -365,7 +365,7 @@ def test_resume_on_another_device_is_refused(tmp_path: Path, monkeypatch: pytest
     search(workload(), budget=300, trials=1, out=tmp_path / "run")
     other = dataclasses.replace(samples.device_profile(), name="other-cpu")
     monkeypatch.setattr("autoprec.study.run.probe_device", lambda *_, **__: other)
-    with pytest.raises(StudyError, match="made with another device;"):
+    with pytest.raises(StudyError, match=r"made with another device \(sample-cpu then, other-cpu now\); .*--force"):
         search(workload(), budget=300, trials=2, out=tmp_path / "run", resume=True)
 
 

@@ -226,10 +226,11 @@ def _mode(words: Sequence[_Word], asked: str | None) -> str | None:
 
 
 def _forecast(workload: Workload, device: str) -> Forecast | None:
+    from autoprec.probe.steps import device_of
     from autoprec.probe.units import probe_units
     from autoprec.study.away import absent_device, forecast_of
 
-    known = absent_device(workload, device)
+    known = absent_device(device_of(workload.model), device)
     if known is None:
         return None
     return forecast_of(workload, probe_units(workload.model, model_id=workload.model_id), known)

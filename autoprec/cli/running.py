@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprec.errors import AutoprecError, DeviceError, PlanError
-from autoprec.files import read_json
+from autoprec.files import read_json, read_limited
 
 if TYPE_CHECKING:
     from autoprec.probe.workload import Workload
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RUNS",
     "build_workload",
+    "device_here",
     "model_of_run",
     "new_run",
     "newest_run",
@@ -27,6 +28,8 @@ __all__ = [
 
 RUNS = Path("autoprec-runs")
 SETTINGS = Path("autoprec.toml")
+#: one table, written by hand
+_LARGEST_SETTINGS = 1 << 20
 
 _RUN_NAME = re.compile(r"\d{8}-\d{6}-(?P<model>.+)")
 
@@ -42,8 +45,22 @@ def build_workload(
     Raises:
         ModelError, DataError, DeviceError: the model, its data or the device cannot be used.
     """
-    from autoprec.probe.device import resolve_device
     from autoprec.probe.workload import workload_from
+
+    here = device_here(model, device, absent=absent)
+    return workload_from(model, data=Path(data) if data else None, device=here, **options)
+
+
+def device_here(model: str, device: str, *, absent: bool = False) -> str:
+    """Return the torch device on which a model is to run.
+
+    Args:
+        absent: for a named device that is not here, return what is.
+
+    Raises:
+        DeviceError: the device is not here, or no device is called so.
+    """
+    from autoprec.probe.device import resolve_device
 
     here, _ = resolve_device(device)
     if here is None and absent:
@@ -53,13 +70,13 @@ def build_workload(
             f"'{device}' is not here, and what is run must be run here. Use --device auto, or for a device that is "
             f"not here: autoprec recommend {model} --device {device}, search with it, or verify with --emulate"
         )
-    return workload_from(model, data=Path(data) if data else None, device=str(here), **options)
+    return str(here)
 
 
 def slug(model: str) -> str:
     """Return the model's name as it stands in a run folder's name: 'models/GPT 2' is 'gpt-2'."""
     last = model.rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-") or "model"
+    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:60] or "model"
 
 
 def new_run(model: str) -> Path:
@@ -117,10 +134,10 @@ def read_settings() -> dict[str, Any] | None:
         AutoprecError: the file is no TOML, or holds more than one table of plain values.
     """
     try:
-        content = tomllib.loads(SETTINGS.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_limited(SETTINGS, _LARGEST_SETTINGS))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise AutoprecError(
             f"./{SETTINGS} cannot be read: {fault}. It holds one table [autoprec] whose keys are the long options, "
             'such as model = "gpt2" and budget = "20m".'

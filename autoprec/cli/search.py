@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -22,10 +23,14 @@ from autoprec.cli.common import (
     result_console,
     workload_options,
 )
-from autoprec.cli.running import build_workload, model_of_run, new_run, newest_run, read_settings
+from autoprec.cli.running import device_here, model_of_run, new_run, newest_run, read_settings
 from autoprec.errors import Interrupted, UsageError, closest
 from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.records import SearchResult
+
+if TYPE_CHECKING:
+    from autoprec.study.protocol import Loading
+    from autoprec.study.worker import Worker
 
 __all__ = ["command"]
 
@@ -68,6 +73,17 @@ _WORKLOAD = (
 )
 @click.option("--storage", metavar="URL", show_default="a journal in the run folder", help="Optuna storage.")
 @click.option("--resume", is_flag=True, help="Go on with --out, or with the model's newest run here.")
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that measure, each with the model: drops side by side, times in turns.",
+)
+@click.option(
+    "--force", is_flag=True, help="With --resume: measure all again where model, data, torch or device differ."
+)
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed of data order and sampling.")
 @click.option("--no-learn", is_flag=True, help="Keep what is found out of the table `recommend` learns from.")
 @click.option("--out", metavar="DIR", show_default="autoprec-runs/<time>-<model>", help="Run folder.")
@@ -87,15 +103,21 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     options = _settled(ctx, given)
     duration_seconds(options["budget"])  # a slip of the pen is told before a model is loaded
     DropLimit.parse(options["max_drop"])
+    if options["force"] and not options["resume"]:
+        raise UsageError("--force measures an earlier search again, so it goes with --resume.")
     model, folder = options["model"], _folder(options)
     from autoprec.report.progress import News
 
     console = errors_console()
     try:
-        with quiet(), News(console) as news:
+        with quiet(), News(console) as news, contextlib.ExitStack() as watch:
             news.say(options["said"] or f"Searching {model}")
             news.doing(f"Loading {model}")
-            workload = build_workload(model, absent=True, **{name: options[name] for name in _WORKLOAD})
+            loading, workers = _begin(options)
+            for worker in workers:
+                watch.enter_context(worker)
+            # the worker has the device; what is loaded here tells only what the model is
+            workload = loading.load("cpu")
             for note in workload.notes:
                 news.say(note)
             news.say(f"Measuring for {options['budget']}; Ctrl-C keeps what was measured, in {folder}")
@@ -113,9 +135,11 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 out=folder,
                 resume=options["resume"],
                 learn=not options["no_learn"],
+                force=options["force"],
                 progress=news,
                 spent_seconds=time.monotonic() - started,
                 command=_line(ctx, options | {"storage": _without_password(options["storage"])}),
+                workers=workers,
             )
     except Interrupted as stop:
         where = stop.folder or str(folder)
@@ -126,6 +150,21 @@ def command(ctx: click.Context, /, **given: Any) -> None:
             f"Interrupted; what was measured is in {where}. Go on with:\n  {line}", folder=where
         ) from None
     _show(result, folder, as_json=options["as_json"])
+
+
+def _begin(options: dict[str, Any]) -> tuple[Loading, list[Worker]]:
+    """Return how the workload is loaded, and the processes to measure in, which import while this one loads."""
+    import torch
+
+    from autoprec.study.protocol import Loading
+    from autoprec.study.worker import Worker
+
+    named = {name: options[name] for name in _WORKLOAD if name != "device"}
+    here = device_here(options["model"], options["device"], absent=True)
+    loading = Loading(model=options["model"], device=here, **named)
+    count = options["workers"]
+    threads = max(1, torch.get_num_threads() // count)
+    return loading, [Worker(loading, threads) for _ in range(count)]
 
 
 def _settled(ctx: click.Context, given: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +249,7 @@ def _line(ctx: click.Context, options: dict[str, Any], *more: str) -> str:
         name, flag = parameter.name or "", parameter.opts[-1]
         value = options.get(name)
         typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if name in ("model", "resume", "out") or value is None or value is False:
+        if name in ("model", "resume", "force", "out") or value is None or value is False:
             continue
         if typed or value != parameter.get_default(ctx):
             words += [flag] if value is True else [flag, str(value)]

@@ -31,6 +31,7 @@ from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.replay import frozen, repeatable
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.survey import Survey
+from autoprec.probe.turns import Turns
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
 from autoprec.records import Mode, ModelProfile, Progress, SensitivityProfile, UnitDrop
@@ -84,7 +85,14 @@ def probe_sensitivity(
     missing = [f for f in wanted if known is None or f not in known.formats]
     if known is not None and not missing:
         return _only(known, wanted)
-    found = _probe(workload, missing, units, clock, seed, kept, progress or (lambda news: None))
+    with Turns(device_of(workload.model)).computing() as turns:
+
+        def tell(news: Progress) -> None:
+            turns.let_pass()
+            if progress is not None:
+                progress(news)
+
+        found = _probe(workload, missing, units, clock, seed, kept, tell)
     whole = found if known is None else _joined(known, found)
     return _only(kept.keep(whole) if kept else whole, wanted)
 

@@ -25,6 +25,7 @@ from autoprec.probe.shapecache import ShapeCache
 from autoprec.probe.shapes import time_shapes, unit_times
 from autoprec.probe.sites import find_sites
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
+from autoprec.probe.turns import Turns
 from autoprec.probe.units import probe_units
 from autoprec.probe.whole import time_steps
 from autoprec.probe.workload import Workload
@@ -68,7 +69,8 @@ def probe_speed(
     clock, tell = Clock(time.monotonic()), progress or (lambda news: None)
     clock.allowed = seconds
     try:
-        return _probe(workload, tuple(dict.fromkeys(Format(f) for f in formats)), clock, cache, tell)
+        with Turns(device_of(workload.model)).computing() as turns, turns.timing():
+            return _probe(workload, tuple(dict.fromkeys(Format(f) for f in formats)), clock, cache, tell)
     except RuntimeError as error:
         raise MeasurementError(
             f"the FP32 reference cannot be timed: {first_line(error)}. Check that the model takes these batches; where "

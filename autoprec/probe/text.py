@@ -31,6 +31,8 @@ Label: TypeAlias = int | float | str
 _MASKED_SHARE = 0.15
 #: text longer than this many times the need is sampled before it is tokenized; 16 characters a token are ample
 _CHARACTERS_A_TOKEN = 16
+#: read whole; a search looks at some thousands of tokens of it
+_LARGEST_BYTES = 1 << 30
 _SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -68,11 +70,16 @@ def read_examples(path: Path | None) -> Examples:
 def _read_text(path: Path) -> str:
     advice = "Give --data a UTF-8 text file, or JSONL with a field `text`."
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST_BYTES + 1)
     except FileNotFoundError:
         raise DataError(f"the data file {path} does not exist. {advice}") from None
     except OSError as error:
         raise DataError(f"the data file {path} cannot be read: {error.strerror or error}. {advice}") from None
+    if len(raw) > _LARGEST_BYTES:
+        raise DataError(
+            f"the data file {path} is larger than {_LARGEST_BYTES >> 20} MiB. Give a part of it: a few MB do."
+        )
     try:
         content = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -95,9 +102,13 @@ def _parse_lines(path: Path, content: str) -> Examples:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{place} is not JSON ({error.msg}). JSONL has one object a line.") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits; brackets without end
+            raise DataError(f"{place} cannot be read as JSON ({error}).") from None
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise DataError(f'{place} has no text. Each line is an object like {{"text": "…", "label": 0}}.')
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise DataError(f"{place} has half a character, an escape from \\ud800 to \\udfff alone. Give it whole.")
         label = row.get("label")
         if label is not None and not isinstance(label, int | float | str):
             raise DataError(f"{place}: the label is a {type(label).__name__}; it must be a number or a class's name.")

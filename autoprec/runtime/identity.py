@@ -19,6 +19,7 @@ __all__ = [
     "canonical_modules",
     "canonical_parameters",
     "fingerprint",
+    "let_go",
     "tied_parameters",
     "weights_digest",
 ]
@@ -192,3 +193,17 @@ def weights_digest(model: nn.Module) -> str:
             flat = parameter.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def let_go(model: nn.Module) -> None:
+    """Free the memory of a model that need not run any more: its tensors go to meta, shapes and ties kept."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in canonical_modules(model).values():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in moved:  # all were there at once, so no id comes up twice
+                    moved[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to("meta")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from autoprec.errors import DeviceError
 from autoprec.plan import Plan, PlanDevice
 from autoprec.predict.forecast import Forecast
@@ -24,20 +26,19 @@ def away(workload: Workload, plan: Plan, device: str) -> tuple[Plan, Forecast | 
     Raises:
         DeviceError: no device is called so, or nothing can be predicted for it.
     """
-    known = absent_device(workload, device)
+    known = absent_device(device_of(workload.model), device)
     if known is None:
         return plan, None
     plan = dataclasses.replace(plan, device=PlanDevice(name=known.name, kind=known.kind, origin=known.origin))
     return plan, forecast_of(workload, probe_units(workload.model, model_id=workload.model_id), known)
 
 
-def absent_device(workload: Workload, device: str) -> DeviceProfile | None:
-    """Return the profile of a named device that is not the workload's; None where it is the workload's that is meant.
+def absent_device(here: torch.device, device: str) -> DeviceProfile | None:
+    """Return the profile of a named device that is not `here`, the workload's; None where that is the one meant.
 
     Raises:
         DeviceError: one of torch's own devices that the workload is not on, or no device is called so.
     """
-    here = device_of(workload.model)
     wanted, _, index = device.partition(":")
     if device == "auto" or (wanted == here.type and index in ("", str(here.index or 0))):
         return None

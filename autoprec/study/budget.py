@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
+from collections import deque
 from dataclasses import dataclass
 
 from autoprec.errors import MeasurementError, StudyError, first_line
 from autoprec.probe.compare import compare, summarise
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import Stepper, device_of, kept_state, plain_fp32, timed
+from autoprec.probe.turns import Turns
 from autoprec.probe.workload import Workload
 from autoprec.quantities import duration_text
 from autoprec.records import Mode
 
 __all__ = ["Budget", "FirstLook", "first_look"]
+
+#: so many measurements tell what the next one will take
+_LEARNT_FROM = 5
+#: a measurement near the end of the budget may take this many times what is expected, and a fresh worker's start
+_PATIENT, _LEAST_SECONDS = 1.5, 2.0
 
 
 class Budget:
@@ -22,8 +30,9 @@ class Budget:
 
     def __init__(self, seconds: float, started: float) -> None:
         self.seconds, self.started = seconds, started
-        #: what a measurement is expected to take, learnt from the last one
+        #: what a measurement is expected to take
         self.each_seconds = 0.0
+        self._took: deque[float] = deque(maxlen=_LEARNT_FROM)
 
     @property
     def elapsed(self) -> float:
@@ -38,6 +47,19 @@ class Budget:
     def has_time(self, reserve: float = 0.0) -> bool:
         """Say whether another measurement is expected to end within the budget, less what is kept back."""
         return self.elapsed + self.each_seconds + reserve <= self.seconds
+
+    def learn(self, seconds: float) -> None:
+        """Learn from what a measurement took: the median of the last few, so that a single slow one is forgotten."""
+        self._took.append(seconds)
+        self.each_seconds = statistics.median(self._took)
+
+    def last_call(self) -> float:
+        """Return when a measurement that begins now ends at the latest, as `time.monotonic` counts.
+
+        One that hangs costs the budget no more than one measurement.
+        """
+        now = time.monotonic()
+        return max(self.started + self.seconds + self.each_seconds, now + _PATIENT * self.each_seconds + _LEAST_SECONDS)
 
     def expect(self, look: FirstLook, measurements: int) -> None:
         """Learn from a first look what a measurement takes, and refuse a budget that cannot hold `measurements`.
@@ -74,7 +96,12 @@ def first_look(workload: Workload) -> FirstLook:
     stepper, device = Stepper(workload), device_of(workload.model)
     training, batch = workload.mode is Mode.TRAIN, workload.batches[0]
     try:
-        with kept_state(workload.model, weights=training), plain_fp32(device.type):
+        with (
+            Turns(device).computing() as turns,
+            turns.timing(),
+            kept_state(workload.model, weights=training),
+            plain_fp32(device.type),
+        ):
             workload.model.train(training)
             first, raw = timed(device, lambda: stepper.run(batch))
             read = workload.readout(batch, raw)

@@ -45,6 +45,7 @@ def _confirm(course: Course) -> None:
         earlier=[m.batch_drops for m in rows if m.batch_drops],
         plan_of=partial(_plan_of, course),
         has_time=lambda: course.budget.left > 0,
+        measure=partial(course.measure, worker=course.worker) if course.worker else None,
         forecast=course.forecast,
         also=partial(trained_worse, course),
     )
@@ -102,7 +103,7 @@ def _finish(course: Course, teach: bool = False) -> SearchResult:
         trained=tuple(course.trained),
         explained=_explained(course, outcome.best, clock),
         largest_batches=_largest_batches(course, outcome),
-        notes=tuple(filter(None, (*course.notes, course.unconfirmed))),
+        notes=tuple(filter(None, (*course.notes, *course.folder.patience.taken(), course.unconfirmed))),
         confirm=_on_the_card(course, outcome.best),
         setting=course.setting,
         memory=_memory(course, outcome),
@@ -174,14 +175,19 @@ def _plan_of(course: Course, found: Measurement) -> Plan:
 
 
 def carry_out(
-    course: Course, storage: str | BaseStorage | None, resume: bool, trials: int | None, teach: bool = False
+    course: Course,
+    storage: str | BaseStorage | None,
+    resume: bool,
+    force: bool,
+    trials: int | None,
+    teach: bool = False,
 ) -> SearchResult:
     """Measure until the budget is spent, and return the result, which is written by then.
 
     Args:
         teach: what was found goes into the user's own table, for the recommender.
     """
-    course.ledger = course.open(storage, resume)
+    course.ledger = course.open(storage, resume, force)
     try:
         course.probe()
         course.measure_baselines()

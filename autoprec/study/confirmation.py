@@ -11,7 +11,7 @@ import numpy as np
 from autoprec.errors import UsageError
 from autoprec.study.race import FIRST_LOOK, FLOOR, Answer, Bounds, Spread, checked, drop_bounds, look
 
-__all__ = ["Candidate", "Confirmation", "Try", "attempts", "confirm", "spending"]
+__all__ = ["Candidate", "Confirmation", "Try", "Unmeasurable", "attempts", "confirm", "spending"]
 
 #: what all confirmations together may wrongly accept, and the first one's part of it; the rest is halved on
 _TOTAL, _FIRST = 0.05, 0.7
@@ -26,6 +26,10 @@ def spending(k: int) -> float:
     one at half the limit 9 times in 10 within 16 batches, where drops vary by 70 %.
     """
     return _TOTAL * _FIRST if k == 0 else _TOTAL * (1 - _FIRST) * math.ldexp(1.0, -k)
+
+
+class Unmeasurable(Exception):
+    """A candidate's drop on a batch cannot be had; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,10 @@ def _try(candidate: Candidate, limit: float, level: float, weights: Sequence[flo
     for batch, weight in enumerate(weights):
         if weight <= 0:
             continue
-        drops, weigh = np.append(drops, candidate.drop(batch)), np.append(weigh, weight)
+        try:
+            drops, weigh = np.append(drops, candidate.drop(batch)), np.append(weigh, weight)
+        except Unmeasurable as error:
+            return Try(name, Answer.ABOVE, None, len(drops), level, f"on unseen batch {batch}: {error}")
         if not np.isfinite(drops[-1]):
             return Try(name, Answer.ABOVE, None, len(drops), level, f"its drop on batch {batch} is not finite")
         # giving up too early loses one plan, so 5 % will do there whatever is left for accepting

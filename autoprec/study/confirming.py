@@ -11,8 +11,9 @@ from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.workload import Workload
 from autoprec.records import Confirmed, Measurement
-from autoprec.study.confirmation import Candidate, Try, attempts
+from autoprec.study.confirmation import Candidate, Try, Unmeasurable, attempts
 from autoprec.study.race import FIRST_LOOK, Spread
+from autoprec.study.worker import WorkerLost
 
 __all__ = ["OutOfTime", "confirmed", "split"]
 
@@ -42,6 +43,8 @@ class Confirming:
     earlier: Sequence[Sequence[float]]
     plan_of: Callable[[Measurement], Plan]
     has_time: Callable[[], bool]
+    #: None: in this process
+    measure: Callable[[Request], Measurement] | None = None
     #: of a device that is not here
     forecast: Forecast | None = None
     #: why a plan whose drop is within the limit is not to be chosen all the same
@@ -55,8 +58,13 @@ class Confirming:
             if not self.has_time():
                 raise OutOfTime
             one = self.unseen.with_batches([self.unseen.batches[batch]])
-            again = evaluate(self._request(one, plan, found.name))
-            return float("nan") if again.drop is None else again.drop
+            try:
+                again = (self.measure or evaluate)(self._request(one, plan, found.name))
+            except WorkerLost as error:
+                raise Unmeasurable(str(error)) from None
+            if again.drop is None:
+                raise Unmeasurable(again.reason or "its drop is not finite")
+            return again.drop
 
         also = partial(self.also, found.name, plan)
         return Candidate(found.name, drop, Spread.of(self.earlier, found.batch_drops), also)

@@ -6,20 +6,25 @@ It goes on until the budget is spent, or until there is nothing left to gain as 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
+import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
+from optuna.trial import Trial
 
 from autoprec.errors import DeviceError, MeasurementError, PlanError
 from autoprec.files import as_json
 from autoprec.formats import Format
-from autoprec.measurement import Request, evaluate
+from autoprec.measurement import DeviceFailed, Request, evaluate
 from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.pacing import SAME
+from autoprec.probe.sensitivity import probe_sensitivity
+from autoprec.probe.speed import probe_speed
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit
 from autoprec.records import (
@@ -32,15 +37,16 @@ from autoprec.records import (
     SpeedProfile,
     TrainingConfirmation,
 )
-from autoprec.runtime.identity import weights_digest
 from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
+from autoprec.study.crew import Crew
 from autoprec.study.folder import RunFolder
 from autoprec.study.knowledge import drop_priors, forecast_priors, sensitivity_of, speed_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
-from autoprec.study.race import Answer, Spread, judge
+from autoprec.study.protocol import Hopeless
 from autoprec.study.sampler import FrontSampler
 from autoprec.study.space import SearchSpace, describe
+from autoprec.study.worker import Worker, WorkerLost
 
 __all__ = ["Candidates", "Course", "News"]
 
@@ -49,6 +55,8 @@ _Key: TypeAlias = tuple[tuple[str, str], ...]
 
 #: a plan this many times slower than FP32 is stopped after its first step
 _STOP_SLOWER = 3.0
+#: so many measurements in a row that cannot be carried out end a search: then it is not the plans
+_FAULTS = 5
 #: proposals in a row that were measured before, after which the space counts as seen
 _STALE = 200
 #: name of the recommender's plan among the measured
@@ -96,8 +104,12 @@ class Course:
     scale: float
     #: kept back for confirmation
     confirm_seconds: float
+    #: digest of the model's weights
+    weights: str
     #: where the device is not here: drops are emulated, times and memory predicted
     forecast: Forecast | None = None
+    #: where measurements run, the first of them what is not a trial; none: in this process
+    workers: tuple[Worker, ...] = ()
     notes: list[str] = field(default_factory=list)
     known: SensitivityProfile | None = None
     speed: SpeedProfile | None = None
@@ -107,12 +119,15 @@ class Course:
     #: why nothing was confirmed
     unconfirmed: str | None = None
     evaluations: int = 0
+    #: measurements in a row that could not be carried out at all
+    faults: int = 0
     sampler: FrontSampler | None = None
     #: what is known, from the moment the study is open
     ledger: Ledger = field(init=False)
 
-    def open(self, storage: str | BaseStorage | None, resume: bool) -> Ledger:
+    def open(self, storage: str | BaseStorage | None, resume: bool, force: bool) -> Ledger:
         """Open or begin the study, and write what is known of device and units."""
+        self.folder.patience.tell = lambda text: self.news("storage", text)
         profile, mode = self.space.profile, self.workload.mode
         ledger = open_ledger(
             self.folder,
@@ -122,13 +137,15 @@ class Course:
                 "model": profile.fingerprint,
                 "mode": str(mode),
                 "space": describe(self.space),
-                "weights": weights_digest(self.workload.model),
+                "weights": self.weights,
                 "data": self.workload.data_digest(),
                 "device": self.device.name,
+                "torch": torch.__version__,
             },
             setting=self.setting,
             limit=self.limit,
             resume=resume,
+            force=force,
         )
         self.folder.write("device.json", as_json(self.device))
         self.folder.write("units.json", as_json(profile))
@@ -137,8 +154,16 @@ class Course:
     def probe(self) -> None:
         """Learn each unit's sensitivity and time; where one cannot be had, the search goes on without."""
         self.news("probe", "each unit's sensitivity")
+        worker = self.worker
         self.known, why = sensitivity_of(
-            self.workload, self.space, self.budget, self.folder, self.seed, self.tell, self.forward_seconds
+            self.workload,
+            self.space,
+            self.budget,
+            self.folder,
+            self.seed,
+            self.tell,
+            self.forward_seconds,
+            worker.probe_sensitivity if worker else probe_sensitivity,
         )
         if self.known:
             self.scale = self.known.scale
@@ -146,7 +171,13 @@ class Course:
         if self.forecast is None:
             self.news("probe", "what each unit takes")
             self.speed, slow = speed_of(
-                self.workload, self.space, self.budget, self.folder, self.tell, self.forward_seconds
+                self.workload,
+                self.space,
+                self.budget,
+                self.folder,
+                self.tell,
+                self.forward_seconds,
+                worker.probe_speed if worker else probe_speed,
             )
         self.notes += [text for text in (why, slow) if text]
 
@@ -168,14 +199,14 @@ class Course:
             found = self._baseline(baseline)
             self.ledger.add_baseline(found)
             self.news("baselines", baseline.name, measurement=found)
-        if self.ledger.is_new():
-            self._tell_baselines()
-            self._enqueue()
+        # a kill may have come between any two of these
+        self._tell_baselines()
+        self._enqueue()
 
     def _baseline(self, baseline: Baseline) -> Measurement:
         if baseline.plan is None:
             return Measurement(name=baseline.name, assignment={}, reason=baseline.reason)
-        found = self._evaluate(baseline.plan, baseline.name)
+        found = self._noted(self._evaluate(self._request(baseline.plan, baseline.name), self.worker))
         if self.ledger.reference is None:
             # the reference against itself: its speedup is the noise of this machine
             if found.step_ms is None:
@@ -188,7 +219,10 @@ class Course:
     def _tell_baselines(self) -> None:
         """Give the study the baselines of the space as trials, so that a sampler learns from them."""
         plans = {b.name: b.plan for b in self.plans.baselines}
+        told = self.ledger.told()
         for found in self.measured():
+            if found.name in told:
+                continue
             choices = self._standing_for(plans.get(found.name))
             if choices is not None and found.drop is not None and found.step_ms is not None:
                 self.ledger.tell_known(choices, self._distributions, found)
@@ -214,40 +248,70 @@ class Course:
         if recommended is not None:
             self.ledger.enqueue(recommended, RECOMMENDED)
 
+    @property
+    def worker(self) -> Worker | None:
+        """The worker of what is not a trial; None where this process measures."""
+        return self.workers[0] if self.workers else None
+
     def search(self, trials: int | None) -> None:
         """Measure what the sampler proposes, until budget, trials, space or gains end."""
-        distributions = self._distributions
         self.sampler = self.ledger.sample_with(self._new_sampler())
+        with Crew[_Key, _Outcome](self.workers) as crew:
+            self._search(trials, crew)
+
+    def _search(self, trials: int | None, crew: Crew[_Key, _Outcome]) -> None:
+        """Keep every worker at a trial; the study is read and written here alone."""
         done = sum(row.trial is not None for row in self.ledger.rows)
-        seen, stale, idle = self._seen(), 0, 0
-        while self.budget.has_time(self.confirm_seconds) and (trials is None or done < trials):
-            if stale >= _STALE or len(seen) >= self.space.size:
-                self.news("search", f"the space of {self.space.size} assignments is seen")
-                break
-            trial = self.ledger.ask(distributions)
-            gain = self.sampler.gain
-            idle = idle + 1 if gain is not None and gain < _NO_GAIN else 0
-            assignment = self.space.assignment(trial.params)
-            before = seen.get(_key(assignment))
-            if before is not None:
-                stale += 1
-                self.ledger.repeat(trial, before)
-                continue
-            stale = 0
-            name = trial.user_attrs.get("name", f"trial {trial.number}")
-            found = seen[_key(assignment)] = self._evaluate(self.plan(assignment), name, race=True)
-            self.ledger.add_trial(trial, found)
-            done += 1
-            left = self.budget.left if trials is None else (trials - done) * self.budget.each_seconds
-            self.news("search", found.name, left, trial=trial.number, measurement=found)
-            if (
-                trials is None
-                and idle >= _IDLE
-                and (bound := self.bound())
-                and bound["faster_percent"] < 100 * (SAME - 1)
-            ):
-                self.news("search", f"nothing left to gain: {_bound_text(bound, self.limit)}")
-                break
+        seen, going, stale, idle, over = self._seen(), dict[_Key, Trial](), 0, 0, False
+        while True:
+            wanted = trials is None or done + len(going) < trials
+            if crew.free and wanted and not over and self.budget.has_time(self.confirm_seconds):
+                if stale >= _STALE or len(seen) + len(going) >= self.space.size:
+                    self.news("search", f"the space of {self.space.size} assignments is seen")
+                    over = True
+                    continue
+                trial = self.ledger.ask(self._distributions)
+                idle = self._idle(idle)
+                assignment = self.space.assignment(trial.params)
+                key = _key(assignment)
+                if key in seen or key in going:
+                    stale += 1
+                    self.ledger.repeat(trial, seen.get(key) or _twice(assignment))
+                    continue
+                stale, going[key] = 0, trial
+                name = trial.user_attrs.get("name", f"trial {trial.number}")
+                request = self._request(self.plan(assignment), name, race=True)
+                crew.begin(partial(self._evaluate, request), key)
+            elif going:
+                key, outcome = crew.next()
+                trial = going.pop(key)
+                found = seen[key] = self._noted(outcome)
+                self.ledger.add_trial(trial, found)
+                done += 1
+                left = self.budget.left if trials is None else (trials - done) * self.budget.each_seconds / crew.size
+                self.news("search", found.name, left, trial=trial.number, measurement=found)
+                over = over or self._is_over(found, trials, idle)
+            else:
+                return
+
+    def _idle(self, idle: int) -> int:
+        """Count proposals in a row that are expected to gain next to nothing."""
+        gain = self.sampler.gain if self.sampler else None
+        return idle + 1 if gain is not None and gain < _NO_GAIN else 0
+
+    def _is_over(self, found: Measurement, trials: int | None, idle: int) -> bool:
+        """Say whether a search ends here, because nothing can be measured any more or nothing is left to gain."""
+        if self.faults >= _FAULTS:
+            self.notes.append(
+                f"the search ended early: {self.faults} plans in a row could not be measured, the last because "
+                f"{found.reason}. What was measured stands; go on with --resume"
+            )
+            return True
+        bound = self.bound() if trials is None and idle >= _IDLE else None
+        if bound is None or bound["faster_percent"] >= 100 * (SAME - 1):
+            return False
+        self.news("search", f"nothing left to gain: {_bound_text(bound, self.limit)}")
+        return True
 
     def _new_sampler(self) -> FrontSampler:
         """Return the sampler, with what is known before any trial."""
@@ -293,10 +357,9 @@ class Course:
             if row.trial is not None or row.measurement.name in inside
         }
 
-    def _evaluate(self, plan: Plan, name: str, *, race: bool = False) -> Measurement:
-        begun = time.monotonic()
+    def _request(self, plan: Plan, name: str, *, race: bool = False) -> Request:
         reference = self.ledger.reference
-        request = Request(
+        return Request(
             workload=self.workload,
             plan=plan,
             name=name,
@@ -306,24 +369,64 @@ class Course:
             timing_seconds=max(0.5, 0.02 * self.budget.seconds),
             stop_slower=_STOP_SLOWER if reference else None,
             deadline=self.budget.started + self.budget.seconds - self.confirm_seconds,
-            is_hopeless=self._is_hopeless if race and self.limit_value > 0 else None,
+            is_hopeless=self._hopeless() if race and self.limit_value > 0 else None,
         )
+
+    def _evaluate(self, request: Request, worker: Worker | None) -> _Outcome:
+        """Carry out a request; may run in a thread of its worker's."""
+        begun = time.monotonic()
         try:
-            found = evaluate(request)
-        except (DeviceError, PlanError) as error:
-            if reference is None:  # not this plan's fault, then
+            return _Outcome(self.measure(request, worker), time.monotonic() - begun, False)
+        except DeviceFailed:  # in this process nothing can be measured any more
+            raise
+        except (DeviceError, PlanError, MeasurementError) as error:
+            fault = isinstance(error, MeasurementError)
+            # of the reference, it is not this plan's fault; nor in this process, where a reference that fails now fails
+            if request.reference_ms is None or (worker is None and fault):
                 raise
-            found = Measurement(name=name, assignment=plan.assignment, reason=str(error))
+            found = Measurement(name=request.name, assignment=request.plan.assignment, reason=str(error))
+            return _Outcome(found, time.monotonic() - begun, fault)
+
+    def _noted(self, outcome: _Outcome) -> Measurement:
+        """Learn from an outcome, and count it."""
+        found = outcome.found
+        self.faults = self.faults + 1 if outcome.fault else 0
+        if waited := self.folder.patience.taken():  # as the one before was written
+            found = replace(found, reason="; ".join(filter(None, (found.reason, *waited))))
         self.evaluations += 1
         if found.drop is not None:
-            self.budget.each_seconds = time.monotonic() - begun
+            self.budget.learn(outcome.seconds)
         self.ledger.spend(self.budget.elapsed, self.evaluations)
         return found
 
-    def _is_hopeless(self, drops: Sequence[float]) -> bool:
-        """Say whether a plan's drops are above the limit, whatever is still to come."""
-        spread = Spread.of([m.batch_drops for m in self.measured() if m.batch_drops], drops)
-        return judge(drops, self.limit_value, spread=spread, planned=len(self.workload.batches)) is Answer.ABOVE
+    def measure(self, request: Request, worker: Worker | None) -> Measurement:
+        """Measure where this search measures; where somebody killed the worker, once more.
+
+        Raises:
+            WorkerLost: the worker process was lost over it.
+            MeasurementError, DeviceError, PlanError: as `evaluate`.
+        """
+        if worker is None:
+            return evaluate(request)
+        worker.expected_seconds = self.budget.each_seconds
+        worker.last_call = self.budget.last_call()
+        try:
+            return worker.evaluate(request)
+        except WorkerLost as error:
+            lost = error
+        if not lost.killed or worker.given_up or not self.budget.has_time():
+            raise lost
+        worker.last_call = self.budget.last_call()
+        try:
+            found = worker.evaluate(request)
+        except WorkerLost as error:
+            raise WorkerLost(f"{lost}, twice" if str(error) == str(lost) else f"{lost}; then {error}") from None
+        return replace(found, reason="; ".join(filter(None, (found.reason, f"measured again: {lost}"))))
+
+    def _hopeless(self) -> Hopeless:
+        """Return what says whether a plan's drops are above the limit, whatever is still to come."""
+        earlier = [m.batch_drops for m in self.measured() if m.batch_drops]
+        return Hopeless(limit=self.limit_value, earlier=earlier, planned=len(self.workload.batches))
 
     def plan(self, assignment: Mapping[str, Format]) -> Plan:
         """Return the plan of an assignment of the space."""
@@ -356,6 +459,19 @@ class Course:
                 measurement=measurement,
             )
         )
+
+
+class _Outcome(NamedTuple):
+    """What came of a request, how long it took, and whether it could not be carried out at all."""
+
+    found: Measurement
+    seconds: float
+    fault: bool
+
+
+def _twice(assignment: Mapping[str, Format]) -> Measurement:
+    """Return what is told of an assignment that is being measured already."""
+    return Measurement(name="twice", assignment=assignment, reason="being measured by another worker")
 
 
 def _key(assignment: Mapping[str, Format]) -> _Key:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from autoprec.plan import Plan
 from autoprec.records import Mode, TrainingConfirmation, TrainingVerdict
 from autoprec.study.course import Course
+from autoprec.study.worker import WorkerLost
 from autoprec.training import confirm_training
 
 __all__ = ["trained_worse"]
@@ -35,7 +36,16 @@ def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
         )
         return None
     course.news("confirmation", f"training {name} beside FP32, {steps} steps, {SEEDS} seeds", course.budget.left)
-    found = confirm_training(workload, {name: plan}, steps=steps, seeds=SEEDS, emulate=course.forecast is not None)
+    emulate, plans = course.forecast is not None, {name: plan}
+    if course.worker is None:
+        found = confirm_training(workload, plans, steps=steps, seeds=SEEDS, emulate=emulate)
+    else:
+        try:
+            found = course.worker.confirm_training(
+                workload, plans, steps=steps, seeds=SEEDS, emulate=emulate, seconds=course.budget.left
+            )
+        except WorkerLost as error:
+            return f"training it could not be carried out: {error}"
     course.trained.append(found)
     course.news("confirmation", f"{name}: {_sentence(found)}")
     return _sentence(found) if found.arms[0].verdict is TrainingVerdict.WORSE else None

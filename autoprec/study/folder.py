@@ -20,12 +20,12 @@ from typing import IO, Any, NamedTuple
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from autoprec.errors import StudyError
 from autoprec.files import write_atomic, write_json
 from autoprec.records import Measurement
+from autoprec.study.patience import Patience, PatientJournal
 
 __all__ = ["Row", "RunFolder", "fail_dead_trials", "trials_csv"]
 
@@ -48,6 +48,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: with the disk it is on
+        self.patience = Patience()
         self._missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._fresh = True
         self._lock: IO[str] | None = None
@@ -110,10 +112,10 @@ class RunFolder:
         try:
             _mend(self.journal)
             # absolute: the journal's lock is a symbolic link to it, which must not dangle (Optuna would wait for ever)
-            return JournalStorage(JournalFileBackend(os.path.abspath(self.journal)))
+            return JournalStorage(PatientJournal(os.path.abspath(self.journal), self.patience))
         except OSError as error:
             raise StudyError(f"journal {self.journal} cannot be used: {error.strerror}.") from None
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError) as error:
             raise StudyError(
                 f"journal {self.journal} is damaged ({error}). Start anew in another folder with --out."
             ) from None
@@ -121,8 +123,17 @@ class RunFolder:
     def write(self, name: str, data: Any) -> Path:
         """Write one JSON file of the folder, atomically."""
         path = self.path / name
-        write_json(path, data)
+        self.patience(write_json, path, data)
         return path
+
+    def set_aside(self) -> None:
+        """Keep what was measured here before under other names, so that all of it is measured again."""
+        for name in ("study.journal", "sensitivity.json", "speed.json"):
+            path, number = self.path / name, 1
+            while (aside := path.with_name(f"{name}.{number}")).exists():
+                number += 1
+            if path.exists():
+                os.replace(path, aside)
 
     def discard_if_new(self) -> None:
         """Leave nothing behind of a search that measured nothing: its early files, and the folders it made for them.

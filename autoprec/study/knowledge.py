@@ -9,8 +9,6 @@ from autoprec.errors import MeasurementError, StudyError
 from autoprec.files import as_json, from_json, read_json
 from autoprec.formats import Format
 from autoprec.predict.forecast import Forecast
-from autoprec.probe.sensitivity import probe_sensitivity
-from autoprec.probe.speed import probe_speed
 from autoprec.probe.survey import pass_forwards
 from autoprec.probe.workload import Workload
 from autoprec.records import Estimate, Mode, Origin, Progress, SensitivityProfile, SpeedProfile
@@ -39,10 +37,12 @@ def sensitivity_of(
     seed: int,
     tell: Callable[[Progress], None],
     forward_seconds: float,
+    probe: Callable[..., SensitivityProfile],
 ) -> tuple[SensitivityProfile | None, str | None]:
     """Probe the formats of a space, or read what an earlier run of the folder probed; None with the reason where not.
 
-    `sensitivity.json` is written by then. `forward_seconds` is what a forward of one batch takes.
+    `sensitivity.json` is written by then. `forward_seconds` is what a forward of one batch takes; `probe` is
+    `probe_sensitivity`, here or in a worker.
     """
     formats = _low_formats(space)
     if not formats:
@@ -53,7 +53,7 @@ def sensitivity_of(
     sweep = len(workload.batches) * forward_seconds * pass_forwards(len(formats))
     seconds = min(_SHARE * budget.seconds, _BEGIN_SECONDS + _SWEEPS * sweep)
     try:
-        found = probe_sensitivity(workload, formats, seconds=seconds, seed=seed, units=space.profile, progress=tell)
+        found = probe(workload, formats, seconds=seconds, seed=seed, units=space.profile, progress=tell)
     except MeasurementError as error:
         return None, f"no sensitivity was probed: {error}"
     folder.write("sensitivity.json", as_json(found))
@@ -102,10 +102,12 @@ def speed_of(
     folder: RunFolder,
     tell: Callable[[Progress], None],
     forward_seconds: float,
+    probe: Callable[..., SpeedProfile],
 ) -> tuple[SpeedProfile | None, str | None]:
     """Time the formats of a space unit by unit, or read what an earlier run of the folder found; None with the reason.
 
-    `speed.json` is written by then. `forward_seconds` is what a forward of one batch takes.
+    `speed.json` is written by then. `forward_seconds` is what a forward of one batch takes; `probe` is `probe_speed`,
+    here or in a worker.
     """
     formats = _low_formats(space)
     if not formats:
@@ -116,7 +118,7 @@ def speed_of(
     try:
         step = forward_seconds * (_BACKWARD if workload.mode is Mode.TRAIN else 1.0)
         seconds = min(_SPEED_SHARE * budget.seconds, _SPEED_STEPS * step)
-        found = probe_speed(workload, formats, seconds=seconds, progress=tell)
+        found = probe(workload, formats, seconds=seconds, progress=tell)
     except MeasurementError as error:
         return None, f"no unit was timed by itself: {error}"
     folder.write("speed.json", as_json(found))

@@ -21,6 +21,7 @@ from autoprec.formats import Format
 from autoprec.quantities import DropLimit
 from autoprec.records import Measurement, SearchSetting
 from autoprec.study.folder import Row, RunFolder, fail_dead_trials, trials_csv
+from autoprec.study.patience import Patience, patient_storage
 from autoprec.study.sampler import Believed, FrontSampler
 
 __all__ = ["Ledger", "known_of", "open_ledger"]
@@ -34,8 +35,8 @@ class Ledger:
     A fault of the storage is a StudyError that names the place.
     """
 
-    def __init__(self, study: optuna.Study, limit: DropLimit, table: Path) -> None:
-        self.study, self.limit, self._table = study, limit, table
+    def __init__(self, study: optuna.Study, limit: DropLimit, table: Path, patience: Patience) -> None:
+        self.study, self.limit, self._table, self._patience = study, limit, table, patience
         self.reference, _, self.rows = known_of(study)
         known = study.user_attrs
         #: seconds and evaluations of the runs before this one
@@ -139,26 +140,38 @@ class Ledger:
         with self._writing():
             fail_dead_trials(self.study)
 
-    def is_new(self) -> bool:
-        """Say whether no trial was asked for yet."""
-        return not self.study.get_trials(deepcopy=False)
+    def told(self) -> set[str]:
+        """Return the names of the baselines that the study has as trials."""
+        return {t.user_attrs["baseline"] for t in self.study.get_trials(deepcopy=False) if "baseline" in t.user_attrs}
+
+    def tell_rest(self) -> None:
+        """Tell Optuna what trials have measured that a kill kept from being told."""
+        for known in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if "measurement" in known.user_attrs:
+                self.repeat(Trial(self.study, known._trial_id), _measurement(known.user_attrs["measurement"]))
+
+    def measure_again(self, earlier: Sequence[Mapping[str, str]]) -> None:
+        """Ask for choices measured before, in another study."""
+        for choices in earlier:
+            with self._writing():
+                self.study.enqueue_trial(dict(choices), user_attrs={"again": True}, skip_if_exists=True)
 
     def replace(self, measured: Sequence[Measurement]) -> None:
         """Take over the reference and the rows' measurements in another form, and write the table again."""
         self.reference = measured[0]
         self.rows = [row._replace(measurement=m) for row, m in zip(self.rows, measured[1:], strict=True)]
-        trials_csv(self._table, self.rows)
+        self._patience(trials_csv, self._table, self.rows)
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
-        trials_csv(self._table, self.rows)
+        self._patience(trials_csv, self._table, self.rows)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, StorageInternalError) as error:
-            why = error.strerror if isinstance(error, OSError) else first_line(error)
+        except (OSError, SQLAlchemyError, StorageInternalError) as error:
+            why = error.strerror if isinstance(error, OSError) else first_line(error.__cause__ or error)
             raise StudyError(
                 f"cannot write the study of {self._table.parent}: {why}. Free space, then go on with --resume; "
                 "what was measured before is kept."
@@ -174,6 +187,7 @@ def open_ledger(
     setting: SearchSetting,
     limit: DropLimit,
     resume: bool,
+    force: bool = False,
 ) -> Ledger:
     """Open or begin the study of a search, and take over what it measured before.
 
@@ -182,33 +196,33 @@ def open_ledger(
         name: of the study in its storage.
         identity: what must be equal for figures to compare.
         setting: how the search was asked for; of a resumed one the last time.
+        force: where it is not, begin anew and measure again what was measured; the study before is kept.
 
     Raises:
         StudyError: the storage cannot be opened, or holds a search of something else, or this one without `resume`.
     """
     place = f"journal {folder.journal}" if storage is None else f"storage {storage}"
     try:
-        opened = folder.open_storage() if storage is None else get_storage(storage)
-        held = [study.study_name for study in opened.get_all_studies()]
-        # a journal of a run folder has one study; if it is of another model, its identity will say so
-        study = optuna.create_study(
-            study_name=held[0] if storage is None and held else name,
-            storage=opened,
-            directions=["minimize", "minimize"],
-            load_if_exists=resume,
-        )
-        known = study.user_attrs.get("identity")
-        if known is None:
+        study = _study(folder, storage, name, resume)
+        known, again = study.user_attrs.get("identity"), list[dict[str, str]]()
+        if known is not None and known != identity:
+            if not force:
+                raise StudyError(
+                    f"the search in {place} was made with another {_differences(known, identity)}; its figures do not "
+                    "compare. Use the same again, measure all of it again with --resume --force, or choose another "
+                    "folder with --out."
+                )
+            again = [t.params for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+            again = again if known.get("space") == identity["space"] else []
+            folder.set_aside()
+            study = _study(folder, storage, name, resume, anew=True)
+        if study.user_attrs.get("identity") is None:
             study.set_user_attr("identity", dict(identity))
-        elif known != identity:
-            differ = ", ".join(key for key in identity if known.get(key) != identity[key])
-            raise StudyError(
-                f"the search in {place} was made with another {differ}; its figures do not compare. "
-                "Use the same model, data and space, or choose another folder with --out."
-            )
         study.set_user_attr("setting", as_json(setting))
+        ledger = Ledger(study, limit, folder.path / "trials.csv", folder.patience)
+        ledger.tell_rest()
         fail_dead_trials(study)
-        ledger = Ledger(study, limit, folder.path / "trials.csv")
+        ledger.measure_again(again)
     except DuplicatedStudyError:
         raise StudyError(f"{place} holds a search of this model already. Go on with it by --resume.") from None
     except (OSError, ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
@@ -230,6 +244,45 @@ def known_of(study: optuna.Study) -> tuple[Measurement | None, SearchSetting | N
     asked = known.get("setting")
     setting = None if asked is None else from_json(SearchSetting, asked, what="the study's setting", error=StudyError)
     return reference, setting, list(_earlier(study))
+
+
+def _study(
+    folder: RunFolder, storage: str | BaseStorage | None, name: str, resume: bool, anew: bool = False
+) -> optuna.Study:
+    """Return the newest study of this search, or a new one."""
+    if storage is None:
+        opened = folder.open_storage()
+    else:
+        opened = get_storage(storage)
+        if isinstance(storage, str):  # ours alone
+            opened = patient_storage(opened, folder.patience)
+    held = [study.study_name for study in opened.get_all_studies()]
+    if storage is None:
+        # a journal of a run folder has one study; if it is of another model, its identity will say so
+        name = held[0] if held else name
+    else:  # those that were begun anew have a number
+        number = 1 + anew
+        while _numbered(name, number + 1 - anew) in held:
+            number += 1
+        name = _numbered(name, number)
+    return optuna.create_study(
+        study_name=name, storage=opened, directions=["minimize", "minimize"], load_if_exists=resume
+    )
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _differences(known: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """Name what differs, with its values where those can be read."""
+    found = []
+    for key, now in identity.items():
+        before = known.get(key)
+        if before != now:
+            readable = key in ("torch", "device", "mode")
+            found.append(f"{key} ({before or 'unknown'} then, {now} now)" if readable else key)
+    return ", ".join(found)
 
 
 def _earlier(study: optuna.Study) -> Iterator[Row]:

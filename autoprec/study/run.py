@@ -10,14 +10,14 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import optuna
 import torch
 from optuna.storages import BaseStorage
 
-from autoprec.errors import StudyError
+from autoprec.errors import MeasurementError, StudyError
 from autoprec.formats import Format
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.device import probe_device
@@ -29,6 +29,7 @@ from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.recommender.recommender import recommend_plan
 from autoprec.records import DeviceProfile, FormatSupport, Mode, Progress, SearchResult, Support
 from autoprec.runtime.fp8 import fp8_missing
+from autoprec.runtime.identity import let_go, weights_digest
 from autoprec.study.appendix import setting_of
 from autoprec.study.away import absent_device, forecast_of
 from autoprec.study.baselines import baselines
@@ -39,6 +40,7 @@ from autoprec.study.course import Candidates, Course, News
 from autoprec.study.folder import RunFolder
 from autoprec.study.live import LiveReport
 from autoprec.study.space import build_space
+from autoprec.study.worker import Worker
 
 __all__ = ["search"]
 
@@ -60,10 +62,12 @@ def search(
     *,
     out: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: News | None = None,
     spent_seconds: float = 0.0,
     learn: bool = True,
     command: str | None = None,
+    workers: Sequence[Worker] = (),
 ) -> SearchResult:
     """Search for the fastest assignment of formats whose drop is within a limit, by measuring.
 
@@ -81,11 +85,16 @@ def search(
         seed: of the sampler.
         out: the run folder; None makes `autoprec-runs/<time>-<model>/`.
         resume: go on with the search in `out`; a folder without one starts.
+        force: when resuming a search of another model, data, torch or device, measure again what it measured; what it
+            had is kept beside.
         progress: called with news as they come.
         spent_seconds: of the budget, used before the call, as by loading the model.
         learn: when it is finished, its units go into the user's own table (below XDG_DATA_HOME; shapes and figures, no
             names), from which `recommend` learns.
         command: the line that asked for this search, for its report.
+        workers: processes to measure in, which load the same workload; `workload` is then let go of its weights, and
+            may be on another device. Several take trials side by side, and time one after the other. None: measurements
+            run in this process, and what ends it ends the search.
 
     Raises:
         StudyError: folder or storage is in use, holds another search, or cannot be written; or the budget is too
@@ -97,7 +106,8 @@ def search(
     started = time.monotonic() - spent_seconds
     clock, limit = Budget(duration_seconds(budget), started), DropLimit.parse(max_drop)
     path = Path(out) if out is not None else _default_folder(workload)
-    away = absent_device(workload, device)
+    here = torch.device(workers[0].loading.device) if workers else device_of(workload.model)
+    away = absent_device(here, device)
     with RunFolder(path) as folder, _quiet_optuna(), _old_objects_aside():
         try:
             if folder.has_study() and not resume:
@@ -106,8 +116,8 @@ def search(
                     "or choose another folder with --out."
                 )
             tell = LiveReport(path, progress or (lambda _: None))
-            run = _prepare(workload, clock, limit, space, folder, tell, seed, away, command)
-            return carry_out(run, storage, resume, trials, learn)
+            run = _prepare(workload, clock, limit, space, folder, tell, seed, away, command, workers)
+            return carry_out(run, storage, resume, force, trials, learn)
         finally:
             folder.discard_if_new()
 
@@ -122,20 +132,24 @@ def _prepare(
     seed: int,
     away: DeviceProfile | None,
     command: str | None,
+    workers: Sequence[Worker],
 ) -> Course:
     """Probe device and model, build the space and the plans to start with, and check that the budget holds them.
 
     Args:
         away: the device to search for, where it is not the workload's.
+        workers: where measurements run; none: in this process.
     """
-    here = device_of(workload.model)
-    workload, unseen = split(workload)
+    whole, (workload, unseen) = workload, split(workload)
     tell(Progress(stage="probe", message="probing the device and the model's units", elapsed_seconds=budget.elapsed))
+    weights, profile = weights_digest(workload.model), probe_units(workload.model, model_id=workload.model_id)
+    here, workers, notes = _settle(workers, whole, workload, away, weights, tell)
+    worker = workers[0] if workers else None
     if away is not None:
         device = away
     else:
-        device = _runnable(probe_device(str(here), seconds=min(8.0, max(1.0, 0.05 * budget.seconds))), here)
-    profile = probe_units(workload.model, model_id=workload.model_id)
+        seconds = min(8.0, max(1.0, 0.05 * budget.seconds))
+        device = _runnable((worker.probe_device if worker else probe_device)(str(here), seconds=seconds), here)
     built = build_space(space, profile, device)
     rows, length = workload.batch_shape
     forecast = None if away is None else forecast_of(workload, profile, away)
@@ -143,7 +157,7 @@ def _prepare(
         baselines=tuple(baselines(built.profile, device, workload.mode)),
         recommended=recommend_plan(profile, device, mode=workload.mode, batch_size=rows, seq_len=length),
     )
-    look = first_look(workload)
+    look = worker.first_look() if worker else first_look(workload)
     count = sum(b.plan is not None for b in plans.baselines) + 1
     budget.expect(look, count)
     tell(
@@ -174,8 +188,44 @@ def _prepare(
             workload, unseen, device, command=command, limit=limit, budget_seconds=budget.seconds, seed=seed
         ),
         forecast=forecast,
-        notes=[] if forecast is None else _assumptions(forecast, here),
+        workers=workers,
+        weights=weights,
+        notes=notes if forecast is None else [*notes, *_assumptions(forecast, here)],
     )
+
+
+def _settle(
+    workers: Sequence[Worker],
+    whole: Workload,
+    seen: Workload,
+    away: DeviceProfile | None,
+    weights: str,
+    tell: News,
+) -> tuple[torch.device, tuple[Worker, ...], list[str]]:
+    """Have the workers load, and let this process's weights go; return where measurements run, and what is to be said.
+
+    A user's function that gives another model each time cannot be loaded twice: then this process measures.
+    """
+    if not workers:
+        return device_of(whole.model), (), []
+    first = workers[0]
+    here, first.tell = torch.device(first.loading.device), tell
+    data = whole.data_digest()
+    for worker in workers:
+        opened = worker.open(whole, seen, away)
+        if (opened.weights, opened.data) != (weights, data):
+            break
+    else:
+        let_go(whole.model)
+        return here, tuple(workers), []
+    for worker in workers:
+        worker.close()
+    if here != device_of(whole.model):
+        raise MeasurementError(
+            f"{first.loading.model} gives other weights or data each time it is called, so no process of its own "
+            "can measure it. Draw them from a fixed seed, or call autoprec.search(workload) in Python."
+        )
+    return here, (), [f"measured in this process, because {whole.model_id} gives another model each time it is called"]
 
 
 def _assumptions(forecast: Forecast, here: torch.device) -> list[str]:
@@ -204,7 +254,8 @@ def _runnable(profile: DeviceProfile, here: torch.device) -> DeviceProfile:
 
 def _default_folder(workload: Workload) -> Path:
     slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(workload.model_id).name)
-    return Path("autoprec-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{slug or 'model'}"
+    # a file name has 255 bytes
+    return Path("autoprec-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{slug[:60] or 'model'}"
 
 
 @contextlib.contextmanager
