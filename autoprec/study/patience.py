@@ -112,5 +112,12 @@ class PatientJournal(JournalFileBackend):
 def patient_storage(storage: BaseStorage, patience: Patience) -> BaseStorage:
     """Have a storage's calls tried again; each is one transaction, which a database takes back as a whole."""
     for name in BaseStorage.__abstractmethods__:
-        setattr(storage, name, partial(patience, getattr(storage, name)))
+        setattr(storage, name, _patiently(getattr(storage, name), patience))
     return storage
+
+
+def _patiently(call: Callable[..., T], patience: Patience) -> Callable[..., T]:
+    def patient(*arguments: Any, **named: Any) -> T:
+        return patience(partial(call, *arguments, **named))
+
+    return patient
