@@ -127,6 +127,16 @@ def test_accuracy_and_its_paired_change() -> None:
     assert metric.ci95 is not None and metric.ci95[1] == 1.0
 
 
+def test_no_changed_answer_is_not_certainty() -> None:
+    labels = torch.zeros(100, 1, dtype=torch.long)
+    logits = torch.tensor([1.0, 0.0]).expand(100, 1, 2)
+    found = compare(readout(ReadoutKind.LOGITS, logits, None, labels), readout(ReadoutKind.LOGITS, logits + 0.1))
+    metric = summarise(ReadoutKind.LOGITS, [found]).task_metric
+    limit = stats.binomtest(0, 100).proportion_ci().high  # of 100 answers, none changed
+    assert metric is not None and metric.change == 0.0 and metric.value == 1.0
+    assert metric.change_ci95 == pytest.approx((-limit, limit)) and metric.ci95 == pytest.approx((1 - limit, 1.0))
+
+
 def test_binary_accuracy_is_by_the_sign_of_the_logit() -> None:
     logits, labels = torch.tensor([[[0.3]], [[-2.0]], [[1.0]]]), torch.tensor([[1], [0], [0]])
     found = compare(readout(ReadoutKind.BINARY, logits, None, labels), readout(ReadoutKind.BINARY, -logits))

@@ -170,7 +170,7 @@ def task_metric(kind: ReadoutKind, parts: Sequence[Comparison]) -> TaskMetric:
     names = ("weight", "loss", "loss_rise", "reference_right", "right")
     weight, loss, rise, before, right = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
     if kind is ReadoutKind.BINARY or weight.max() <= 1:
-        value, change = ratio_ci95(right, weight), ratio_ci95(right - before, weight)
+        value, change = _share_ci95(right, weight), _share_ci95(right - before, weight)
         reference = float(before.sum() / weight.sum())
         return TaskMetric(
             name="accuracy",
@@ -190,6 +190,15 @@ def task_metric(kind: ReadoutKind, parts: Sequence[Comparison]) -> TaskMetric:
         change=reference * (_exp(risen.value) - 1),
         change_ci95=risen.ci95 and (reference * (_exp(risen.ci95[0]) - 1), reference * (_exp(risen.ci95[1]) - 1)),
     )
+
+
+def _share_ci95(sums: Array, weights: Array) -> Ratio:
+    """Return a mean of answers with its interval; where all are alike, what so many at most hide (binomial)."""
+    found = ratio_ci95(sums, weights)
+    if found.ci95 is None or found.ci95[0] < found.ci95[1]:
+        return found
+    hidden = 1 - 0.025 ** (1 / float(weights.sum()))
+    return Ratio(found.value, (found.value - hidden, found.value + hidden))
 
 
 def _exp(loss: float) -> float:
