@@ -26,7 +26,7 @@ from autoprec.predict.additive import StepPrices, step_prices
 from autoprec.predict.setup import Optimizer, Setup
 from autoprec.quantities import DropLimit
 from autoprec.recommender.advice import Situation as Here
-from autoprec.recommender.advice import base_choice, tf32_choice
+from autoprec.recommender.advice import base_choice, family_overflow, tf32_choice
 from autoprec.recommender.choice import fp8_barrier
 from autoprec.recommender.features import UnitFacts, unit_facts
 from autoprec.records import DeviceProfile, Mode, ModelFacts, ModelProfile, Role, Support
@@ -196,7 +196,8 @@ def solved(
 ) -> Solved | None:
     """Return the fronts of a situation; None where nothing can be predicted for the device, or nothing is native.
 
-    `barred`: units have no FP8 that rules of practice keep it from (`fp8_barrier`).
+    `barred`: units have no FP8 that rules of practice keep it from (`fp8_barrier`), as the tree is fitted; else no FP16
+    that a family is known to overflow in, as the tree is judged.
     """
     known = find_device(device)
     setup = Setup(
@@ -223,6 +224,7 @@ def solved(
             and (unit.role in _DECIDED or f in (Format.FP32, half))
             and (f is not Format.FP8 or _fp8_runs(sample.profile, unit.name, tokens))
             and not (barred and f is Format.FP8 and fp8_barrier(sample.units[unit.name], here))
+            and not (not barred and f is Format.FP16 and _overflows(unit.role, here.class_name))
         ]
         if unit.role in (Role.EMBEDDING, Role.ROUTER):
             own = [f for f in own if f is Format.FP32] or own
@@ -244,6 +246,11 @@ def situation(sample: Sample, device: DeviceProfile, setup: Setup, limit: float)
         class_name=sample.profile.class_name,
         max_drop=DropLimit(limit, percent=True),
     )
+
+
+def _overflows(role: Role, class_name: str) -> bool:
+    """Say whether a family is known to leave FP16's range here, as a search on its weights would find."""
+    return bool(family_overflow(role, class_name) or family_overflow(None, class_name))
 
 
 def _fp8_runs(profile: ModelProfile, unit: str, tokens: int) -> bool:

@@ -14,6 +14,8 @@ from autoprec.records import DeviceProfile, Mode, Role, Support
 
 __all__ = ["Choice", "Situation", "base_choice", "family_overflow", "fp8_recipe", "overflows_fp16", "tf32_choice"]
 
+#: peak of FP16 over BF16 from which inference takes FP16 (MI100: 184.6 and 92.3 TFLOP/s; elsewhere they are alike)
+_FP16_GAIN = 1.5
 #: TF32 below this ratio of peaks is not worth its 13 bits
 _TF32_GAIN = 1.2
 
@@ -57,6 +59,10 @@ def base_choice(here: Situation) -> Choice:
         return Choice(Format.FP32, "a drop of 0 is allowed, which leaves fp32")
     bf16, fp16 = device.formats.get(Format.BF16), device.formats.get(Format.FP16)
     if bf16 is not None and bf16.support is Support.NATIVE:
+        if here.mode is Mode.INFER and fp16 is not None and fp16.support is Support.NATIVE:
+            ratio = device.peak_tflops.get("fp16", 0.0) / device.peak_tflops.get("bf16", float("inf"))
+            if ratio > _FP16_GAIN and not any(part in here.class_name for part in _FP16_OVERFLOW):
+                return Choice(Format.FP16, f"fp16 is native on {device.name}, at {ratio:.1f}x the rate of bf16")
         return Choice(Format.BF16, f"bf16 is native on {device.name}: {bf16.reason}")
     # emulated bf16 raises no error and is slow: pytorch/pytorch#148322, #124996
     word = "only emulated" if device.supports(Format.BF16) is Support.EMULATED else "absent"

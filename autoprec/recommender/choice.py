@@ -121,7 +121,8 @@ def decide(
         usual = found.half if found.half in fact.unit.formats else Format.FP32
         low = Format.FP8 if label == "fp8" and name in may_fp8 and Format.FP8 in found.seconds[name] else usual
         half[name] = usual if low is usual or label == "fp32" else low
-        wanted[name] = Format.FP32 if label == "fp32" and fact.gemms else low
+        priced = fact.gemms or found.prices is not None  # experts have no plain matmul, and a price
+        wanted[name] = Format.FP32 if label == "fp32" and priced else low
     if found.total(half) < _LEAVE_HALF * found.total(wanted):
         wanted = half
     counted = {name: _counted(answers[name].leaf, fact) for name, fact in free.items()}
