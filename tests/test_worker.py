@@ -122,6 +122,7 @@ def test_what_an_error_in_a_worker_comes_to(error: Exception, answer: dict[str, 
     assert said == answer and alive == ("error" in answer)
 
 
+@pytest.mark.nightly
 def test_two_workers_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_FAULTS", "1")
     loading = Loading(model=f"{FAULTY}:make", device="cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +80,19 @@ class Ledger:
         self.repeat(trial, found)
         self._add(Row(trial.number, _state(found), found))
 
-    def repeat(self, trial: Trial, found: Measurement) -> None:
-        """Tell Optuna a trial's objectives, and by how far each limit is kept (at most 0) or missed."""
+    def repeat(self, trial: Trial, found: Measurement, limits_told: Container[str] = ()) -> None:
+        """Tell Optuna a trial's objectives, and by how far each limit is kept (at most 0) or missed, unless told."""
         with self._writing():
             if found.drop is None or found.step_ms is None:
                 self.study.tell(trial, state=TrialState.FAIL)
                 return
             over = (found.drop_percent or 0.0) if self.limit.percent else found.drop
-            trial.set_constraint("drop", over - self.limit.value)
+            limits = {"drop": over - self.limit.value}
             if found.grad_error is not None and found.grad_error_limit is not None:
-                trial.set_constraint("grad_error", found.grad_error - found.grad_error_limit)
+                limits["grad_error"] = found.grad_error - found.grad_error_limit
+            for name, missed_by in limits.items():
+                if name not in limits_told:
+                    trial.set_constraint(name, missed_by)
             self.study.tell(trial, [found.drop, found.step_ms])
 
     def tell_known(
@@ -148,7 +151,8 @@ class Ledger:
         """Tell Optuna what trials have measured that a kill kept from being told."""
         for known in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if "measurement" in known.user_attrs:
-                self.repeat(Trial(self.study, known._trial_id), _measurement(known.user_attrs["measurement"]))
+                trial = Trial(self.study, known._trial_id)
+                self.repeat(trial, _measurement(known.user_attrs["measurement"]), known.constraints)
 
     def measure_again(self, earlier: Sequence[Mapping[str, str]]) -> None:
         """Ask for choices measured before, in another study."""
