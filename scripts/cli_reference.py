@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.testing import CliRunner
 
 from autoprec.cli.main import main
 
@@ -23,16 +24,15 @@ exactly one JSON document), progress to stderr. Exit codes: 0 done, 1 could not 
 
 def page() -> str:
     """Return the page as it should be."""
-    group = main
-    assert isinstance(group, click.Group)
-    top = click.Context(group, info_name="autoprec", terminal_width=_COLUMNS, max_content_width=_COLUMNS)
-    parts = [_HEAD, _block(group.get_help(top))]
-    for name in group.list_commands(top):
-        command = group.get_command(top, name)
-        assert command is not None
-        with click.Context(command, info_name=name, parent=top) as context:
-            parts.append(f"## autoprec {name}\n\n{_block(command.get_help(context))}")
-    return "\n".join(parts)
+    assert isinstance(main, click.Group)
+    names = main.list_commands(click.Context(main))
+    return "\n".join([_HEAD, _help(), *(f"## autoprec {name}\n\n{_help(name)}" for name in names)])
+
+
+def _help(*command: str) -> str:
+    done = CliRunner(env={"COLUMNS": str(_COLUMNS)}).invoke(main, [*command, "--help"], prog_name="autoprec")
+    assert done.exit_code == 0, done.output
+    return _block(done.output)
 
 
 def _block(text: str) -> str:

@@ -40,3 +40,11 @@ def test_public_functions_tell_their_arguments_and_errors(function: Callable[...
     untold = [name for name in inspect.signature(function).parameters if not re.search(rf"\b{name}\b", text)]
     assert not untold, f"{function.__name__} does not speak of {untold}"
     assert "Raises:" in text
+
+
+def test_the_chinese_readme_has_the_same_code() -> None:
+    def code(name: str) -> list[str]:
+        text = (ROOT / name).read_text()
+        return re.findall(r"^```\w*\n(?:.*\n)*?```|(?:^ {4}.*\n)+", text, re.MULTILINE)
+
+    assert code("README.zh-CN.md") == code("README.md")
