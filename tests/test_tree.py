@@ -164,7 +164,7 @@ def test_reasons_are_paths_in_words() -> None:
     wide = [u for u in tiny.plan.units if u.role is Role.FFN]
     # a step that waits for its launches gains nothing by casts
     assert {u.format for u in wide} == {FP32}
-    assert all("16 bits do not pay here" in u.reason and "less time than fp32" in u.reason for u in wide)
+    assert all("16 bits do not pay here" in u.reason and "as fast as in fp32" in u.reason for u in wide)
 
 
 # the user's own table

@@ -36,8 +36,8 @@ FEATURES = (
 #: {value}, {threshold} and {than} ('at most' or 'more than') are filled in; what differs from block to block is said by
 #: its threshold alone, so that equal units have equal reasons
 _WORDS = {
-    "half_gain": "16 bits take {value:.2f}x less time than fp32 ({than} {threshold:.2f}x)",
-    "fp8_gain": "fp8 takes {value:.2f}x less time than 16 bits, casts counted ({than} {threshold:.2f}x)",
+    "half_gain": "in 16 bits it is {value:.2f}x as fast as in fp32 ({than} {threshold:.2f}x)",
+    "fp8_gain": "in fp8 it is {value:.2f}x as fast as in 16 bits, casts counted ({than} {threshold:.2f}x)",
     "fp8_saves": "fp8 in this unit saves {than} {threshold:.2g} % of the step",
     "limit": "{value:g} % of drop are allowed ({than} {threshold:.2g} %)",
     "room": "{value:.2g} % of drop are allowed for each unit that fp8 speeds up ({than} {threshold:.2g} %)",
