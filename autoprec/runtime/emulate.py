@@ -95,6 +95,12 @@ def fp8_quantize(
 
 def _largest(values: Tensor) -> Tensor:
     """Return the largest magnitude, NaN where there is one, without a copy of the values."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings in sympy
+
+        # an expert's share of tokens is unknown while a graph is traced, and may be none when it runs
+        if not statically_known_true(values.numel() > 0):
+            return torch.cat((values.abs().flatten(), values.new_zeros(1))).amax()
     if values.numel() == 0:
         return values.new_zeros(())
     low, high = torch.aminmax(values)
