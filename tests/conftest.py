@@ -41,10 +41,10 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from searching import sample_device, short
 
     from autoprec.measurement import evaluate
-    from autoprec.study import course
+    from autoprec.study import measuring
 
     monkeypatch.setattr("autoprec.study.run.probe_device", sample_device)
-    monkeypatch.setattr(course, "evaluate", lambda request: evaluate(short(request)))
+    monkeypatch.setattr(measuring, "evaluate", lambda request: evaluate(short(request)))
     monkeypatch.setattr("autoprec.study.patience.SECONDS", 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two threads wait for each other where another process has a core

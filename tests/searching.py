@@ -23,7 +23,7 @@ from autoprec.records import (
     SearchResult,
 )
 from autoprec.runtime.scope import Scope
-from autoprec.study import course
+from autoprec.study import measuring
 
 FILES = {
     "device.json",
@@ -59,7 +59,7 @@ def short(request: Request) -> Request:
 
 def instead(monkeypatch: pytest.MonkeyPatch, change: Callable[[Request, Evaluate], Measurement]) -> None:
     """Have `change` measure, with the real function at hand."""
-    monkeypatch.setattr(course, "evaluate", lambda request: change(request, lambda r: evaluate(short(r))))
+    monkeypatch.setattr(measuring, "evaluate", lambda request: change(request, lambda r: evaluate(short(r))))
 
 
 def workload(mode: str = "infer", *, model_seed: int = 0, data_seed: int = 0) -> Workload:

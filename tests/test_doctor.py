@@ -14,7 +14,9 @@ from autoprec.doctor.case import Case
 from autoprec.doctor.diagnosis import all_checks, diagnose
 from autoprec.doctor.logs import Log
 from autoprec.doctor.run import Run
+from autoprec.doctor.scaling import fp16_hazard
 from autoprec.errors import DataError, ModelError, UsageError
+from autoprec.recommender.advice import FP16_OVERFLOW
 from autoprec.records import Diagnosis, Severity
 
 DATA = Path(__file__).parent / "doctor"
@@ -203,3 +205,8 @@ def test_the_page_is_what_the_script_writes() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (scripts.parent / "docs" / "doctor.md").read_text() == module.page(), "run python scripts/doctor_docs.py"
+
+
+@pytest.mark.parametrize("family", FP16_OVERFLOW)
+def test_families_that_the_recommender_keeps_from_fp16_are_known_here(family: str) -> None:
+    assert fp16_hazard(f"{family.lower()}forcausallm {family}Model")

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
+from test_real_models import part
 
 from autoprec.doctor.diagnosis import diagnose
 from autoprec.records import Severity
 
 pytestmark = pytest.mark.real
 
-CACHE = Path(os.environ.get("AUTOPREC_MODELS") or Path(__file__).parent.parent / ".models")
-
-
-def folder(name: str) -> str:
-    if not (CACHE / name).exists():
-        pytest.skip(f"{CACHE / name} is not there: run `make models`")
-    return str(CACHE / name)
-
 
 @pytest.mark.parametrize("name", ["smollm2", "minilm", "vit-digits"])
 def test_trained_models_are_well(name: str, tmp_path: Path) -> None:
     (tmp_path / "args.json").write_text('{"bf16": true, "learning_rate": 2e-5, "per_device_train_batch_size": 8}')
-    found = diagnose(folder(name), settings=[str(tmp_path / "args.json")])
+    found = diagnose(str(part(name)), settings=[str(tmp_path / "args.json")])
     assert found.worst in (None, Severity.NOTE), [(f.code, f.evidence) for f in found.findings]
 
 
 @pytest.mark.nightly
 def test_a_trace_of_smollm2_finds_its_large_activations(tmp_path: Path) -> None:
     (tmp_path / "args.json").write_text('{"bf16": true}')
-    found = diagnose(folder("smollm2"), settings=[str(tmp_path / "args.json")], trace=True)
+    found = diagnose(str(part("smollm2")), settings=[str(tmp_path / "args.json")], trace=True)
     assert found.trace is not None and found.worst is Severity.NOTE
     largest = max(found.trace.units, key=lambda unit: unit.largest_activation)
     assert largest.unit == "blocks.11.ffn" and largest.largest_activation > 65504 / 8

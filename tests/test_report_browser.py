@@ -18,7 +18,7 @@ from test_report_page import hostile_run
 from autoprec import search
 from autoprec.measurement import evaluate
 from autoprec.report.html import run_page
-from autoprec.study import course, knowledge
+from autoprec.study import knowledge, measuring
 from autoprec.study.reading import read_run
 
 pytestmark = pytest.mark.nightly
@@ -54,7 +54,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autoprec.study.run.probe_device", sample_device)
         patch.setattr(knowledge, "_BEGIN_SECONDS", 9.0)  # a busy machine must not leave the probe out
-        patch.setattr(course, "evaluate", lambda request: evaluate(short(request)))
+        patch.setattr(measuring, "evaluate", lambda request: evaluate(short(request)))
         search(workload("train"), budget=300, trials=4, out=room / "here")
         search(workload(), budget=300, trials=4, device="h100-sxm", out=room / "away")
     pages = {name: (room / name / "report.html").read_text() for name in ("here", "away")}

@@ -36,7 +36,7 @@ from autoprec.records import (
 )
 from autoprec.report.html import run_page
 from autoprec.report.run import Run, RunRow
-from autoprec.study import course, knowledge, live
+from autoprec.study import knowledge, live, measuring
 from autoprec.study.live import LiveReport
 from autoprec.study.reading import read_run
 
@@ -154,7 +154,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autoprec.study.run.probe_device", sample_device)
         patch.setattr(knowledge, "_BEGIN_SECONDS", 9.0)  # a busy machine must not leave the probe out
-        patch.setattr(course, "evaluate", lambda request: evaluate(short(request)))
+        patch.setattr(measuring, "evaluate", lambda request: evaluate(short(request)))
         search(workload(), budget=300, trials=2, out=path, command="autoprec search tiny --trials 2")
     yield path
 

@@ -231,7 +231,7 @@ import torch
 import searching as t
 torch.set_num_threads(1)
 import autoprec
-from autoprec.study import course
+from autoprec.study import measuring
 import autoprec.study.run
 autoprec.study.run.probe_device = t.sample_device
 count = 0
@@ -241,7 +241,7 @@ def measure(request):
     if count == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return t.evaluate(t.short(request))
-course.evaluate = measure
+measuring.evaluate = measure
 autoprec.search(t.workload(), budget=300, out={out!r})
 """
 

@@ -17,7 +17,7 @@ from autoprec.records import (
     TargetOutcome,
 )
 
-__all__ = ["as_target", "drop_figure", "metric_figures", "saved", "share_of", "speed_figures", "targets"]
+__all__ = ["as_target", "drop_figure", "metric_figures", "row_of", "saved", "share_of", "speed_figures", "targets"]
 
 #: what mixed precision is commonly held to: name, limit, unit, whether larger is better
 _TARGETS = (
@@ -76,6 +76,35 @@ def metric_figures(found: Measurement, reference: Measurement) -> tuple[str | No
         return Figure(value=scale * value, ci95=ci95 and (scale * ci95[0], scale * ci95[1]), unit=unit, origin=by)
 
     return known.name, figure(known.value, known.ci95), figure(known.change, known.change_ci95)
+
+
+def row_of(
+    found: Measurement,
+    reference: Measurement | None,
+    peak: Figure | None,
+    reference_peak: Figure | None,
+    *,
+    name: str,
+    source: str,
+    device: str,
+) -> ComparedPlan:
+    """Return a plan's row beside FP32's measurement and peak; without those it is FP32's own."""
+    speedup, step_ms = speed_figures(found)
+    _, metric, change = metric_figures(found, reference or found)
+    return ComparedPlan(
+        name=name,
+        source=source,
+        device=device,
+        measurement=found,
+        speedup=speedup,
+        step_ms=step_ms,
+        peak_bytes=peak,
+        memory_saved=saved(peak, reference_peak) if peak is not None and reference_peak is not None else None,
+        drop=drop_figure(found),
+        task_metric=metric,
+        task_metric_change=None if reference is None else change,
+        reasons=(found.reason,) if found.reason else (),
+    )
 
 
 def saved(peak: Figure, reference: Figure) -> Figure:

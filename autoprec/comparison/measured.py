@@ -6,13 +6,12 @@ Steps, drops and metrics come from `measurement.evaluate`, training from `traini
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from autoprec.comparison.figures import drop_figure, metric_figures, saved, share_of, speed_figures, targets
+from autoprec.comparison.figures import metric_figures, row_of, share_of, targets
 from autoprec.comparison.names import Candidate
 from autoprec.comparison.trained import trained_figures
 from autoprec.errors import DeviceError, PlanError, UsageError
@@ -164,8 +163,7 @@ class _Bench:
         plan = self._there(Plan.uniform(self.profile, Format.FP32, mode=self.workload.mode))
         found = self._evaluate(REFERENCE, plan)
         self.clock_ms = found.reference_step_ms
-        row = self._row(REFERENCE, "the reference", plan, found, None)
-        return dataclasses.replace(row, drop=drop_figure(found))
+        return self._row(REFERENCE, "the reference", plan, found, None)
 
     def compared(self, candidate: Candidate, reference: ComparedPlan) -> tuple[ComparedPlan, Plan]:
         """Return a plan's row and the plan as it was run; where the device cannot run it, the reason alone."""
@@ -184,13 +182,13 @@ class _Bench:
                 measurement=None,
                 reasons=(f"it was not run: {error}",),
             )
-        return dataclasses.replace(row, targets=targets(row)), plan
+        return replace(row, targets=targets(row)), plan
 
     def with_training(self, row: ComparedPlan, found: TrainingConfirmation) -> ComparedPlan:
         """Return a row with what its training came to."""
         emulated = row.measurement is not None and row.measurement.origin.drop is Origin.EMULATED
         origin = Origin.EMULATED if emulated else Origin.MEASURED
-        return dataclasses.replace(row, trained=trained_figures(found, row.name, origin))
+        return replace(row, trained=trained_figures(found, row.name, origin))
 
     def notes(self, candidates: Sequence[Candidate]) -> list[str]:
         """Return what to know about all figures at once."""
@@ -216,7 +214,7 @@ class _Bench:
         if self.forecast is None:
             return plan
         device = self.forecast.device
-        return dataclasses.replace(plan, device=PlanDevice(name=device.name, kind=device.kind, origin=device.origin))
+        return replace(plan, device=PlanDevice(name=device.name, kind=device.kind, origin=device.origin))
 
     def _lacks_tf32(self) -> str | None:
         """Say why TF32's switch would change nothing; None where it does."""
@@ -244,27 +242,18 @@ class _Bench:
     def _row(
         self, name: str, source: str, plan: Plan, found: Measurement, reference: ComparedPlan | None
     ) -> ComparedPlan:
-        speedup, step_ms = speed_figures(found)
-        peak, reasons = self._peak(plan, found), [found.reason] if found.reason else []
-        beside = found if reference is None or reference.measurement is None else reference.measurement
-        _, metric, change = metric_figures(found, beside)
         share, wrong = self._share(name, plan) if found.drop is not None else (None, ())
-        before = peak if reference is None else reference.peak_bytes
-        return ComparedPlan(
+        row = row_of(
+            found,
+            # of FP32's own measurement that failed nothing is left to compare with but the plan itself
+            None if reference is None else reference.measurement or found,
+            self._peak(plan, found),
+            None if reference is None else reference.peak_bytes,
             name=name,
             source=source,
             device=self.device,
-            measurement=found,
-            speedup=speedup,
-            step_ms=step_ms,
-            peak_bytes=peak,
-            memory_saved=saved(peak, before) if reference is not None and before is not None else None,
-            drop=drop_figure(found),
-            task_metric=metric,
-            task_metric_change=None if reference is None else change,
-            low_share=share,
-            reasons=(*reasons, *wrong),
         )
+        return replace(row, low_share=share, reasons=(*row.reasons, *wrong))
 
     def _peak(self, plan: Plan, found: Measurement) -> Figure:
         """Return a step's peak: an accelerator's own count where it was measured, else predicted.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from autoprec.comparison.figures import drop_figure, metric_figures, saved, speed_figures, targets
+from autoprec.comparison.figures import metric_figures, row_of, targets
 from autoprec.comparison.names import BY_NAME
 from autoprec.errors import PlanError, UsageError
 from autoprec.records import ComparedPlan, Figure, Measurement, PlanComparison, SearchResult
@@ -94,24 +94,8 @@ def _named(name: str, run: str, result: SearchResult) -> ComparedPlan:
 def _row(
     name: str, source: str, result: SearchResult, found: Measurement, reference: Measurement | None
 ) -> ComparedPlan:
-    speedup, step_ms = speed_figures(found)
-    peak = _peak(found)
     before = None if reference is None else _peak(reference)
-    _, metric, change = metric_figures(found, found if reference is None else reference)
-    return ComparedPlan(
-        name=name,
-        source=source,
-        device=result.device,
-        measurement=found,
-        speedup=speedup,
-        step_ms=step_ms,
-        peak_bytes=peak,
-        memory_saved=saved(peak, before) if peak is not None and before is not None else None,
-        drop=drop_figure(found),
-        task_metric=metric,
-        task_metric_change=None if reference is None else change,
-        reasons=(found.reason,) if found.reason else (),
-    )
+    return row_of(found, reference, _peak(found), before, name=name, source=source, device=result.device)
 
 
 def _peak(found: Measurement) -> Figure | None:

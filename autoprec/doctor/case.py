@@ -12,7 +12,7 @@ from autoprec.doctor.logs import Log, Said
 from autoprec.doctor.run import Run
 from autoprec.records import DeviceProfile, Severity, TraceReport
 
-__all__ = ["CHECKS", "Case", "Check", "Evidence", "address", "check", "said"]
+__all__ = ["CHECKS", "Case", "Check", "Evidence", "address", "check", "patterns", "said"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,18 @@ def address(source: str) -> str:
     return source if source.startswith("http") else f"https://github.com/{repository}/issues/{number}"
 
 
+def patterns(*texts: str) -> tuple[re.Pattern[str], ...]:
+    """Return regular expressions that take capital and small letters for the same."""
+    return tuple(re.compile(text, re.IGNORECASE) for text in texts)
+
+
 def said(
-    case: Case, patterns: Sequence[re.Pattern[str]], *, only: Callable[[Said], bool] = lambda _: True, most: int = 3
+    case: Case, wanted: Sequence[re.Pattern[str]], *, only: Callable[[Said], bool] = lambda _: True, most: int = 3
 ) -> Iterator[Evidence]:
     """Yield what was said in the logs as an error and matches; the same text once, and no more than `most`."""
     for log in case.logs:
         texts: set[str] = set()
-        for message in log.said(*patterns):
+        for message in log.said(*wanted):
             text = " ".join(message.text.split())[:240]
             key = re.sub(r"\d+", "0", text)
             if key in texts or not only(message):

@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from autoprec.doctor.case import Case, Evidence, check, said
+from autoprec.doctor.case import Case, Evidence, check, patterns, said
 from autoprec.doctor.logs import Log
 from autoprec.records import Severity
 
-_SAMPLING = [
-    re.compile(r"probability tensor contains (?:either|invalid)", re.IGNORECASE),
-    re.compile(
-        r"invalid multinomial distribution|probabilities contain nan|prob_dist\w* .{0,30}contains? (?:nan|inf)",
-        re.IGNORECASE,
-    ),
-]
+_SAMPLING = patterns(
+    r"probability tensor contains (?:either|invalid)",
+    r"invalid multinomial distribution|probabilities contain nan|prob_dist\w* .{0,30}contains? (?:nan|inf)",
+)
 #: token 0 of many vocabularies is '!': what argmax gives for logits that are all NaN
 _MARKS = re.compile(r"!{12,}")
 _ALONE = re.compile(r"^[\s\"'“>|:\[-]*!{12,}[\s\"'”,}|\]]*$")

@@ -6,62 +6,45 @@ import re
 from collections.abc import Iterator
 
 from autoprec.catalog import catalogue_match
-from autoprec.doctor.case import Case, Evidence, check, said
+from autoprec.doctor.case import Case, Evidence, check, patterns, said
 from autoprec.doctor.logs import Log
 from autoprec.formats import Format, Fp8Recipe
 from autoprec.records import Severity, Support
 
 __all__ = ["asked_format"]
 
-_NO_BF16 = [
-    re.compile(r"your setup doesn'?t support bf16", re.IGNORECASE),
-    re.compile(r"--?tf32 requires ampere", re.IGNORECASE),
-    re.compile(r"bf16 mixed precision requires (?:pytorch|a gpu|a supported)", re.IGNORECASE),
-    re.compile(r"current cuda device does not support bfloat16", re.IGNORECASE),
-    re.compile(r"bfloat16 is only supported on gpus with compute capability", re.IGNORECASE),
-    re.compile(
-        r"bf(?:loat)?16 (?:precision )?(?:was )?(?:requested|is not supported|not supported|is not available"
-        r"|unsupported)"
-        r"(?! on mps)(?!.{0,20}\bmps\b)",
-        re.IGNORECASE,
-    ),
-    re.compile(
-        r"(?:gpu|device|hardware|card|setup) (?:does not|doesn'?t) support (?:torch\.)?b(?:f"
-        r"|float)16(?!.{0,80}falling back)",
-        re.IGNORECASE,
-    ),
-]
-_NO_FP8 = [
-    re.compile(r"(?:torch\.)?_scaled_mm`? is only supported on", re.IGNORECASE),
-    re.compile(
-        r"fp8.{0,40}(?:is |are )?only supported on (?:gpus?|devices?|cuda).{0,40}(?:8\.9|9\.0|sm_?89|sm_?90)",
-        re.IGNORECASE,
-    ),
-    re.compile(r"(?:compute )?capability (?:of )?8\.9 or higher (?:is )?required", re.IGNORECASE),
-    re.compile(r"(?:the current device has [^.]{0,80})?insufficient for fp8", re.IGNORECASE),
-    re.compile(r"fp8e4nv (?:data type is )?not supported", re.IGNORECASE),
-    re.compile(
-        r"float8.{0,60}(?:only supported|only works|requires?).{0,30}(?:>=? ?8\.9|sm_?89|sm_?90|9\.0)", re.IGNORECASE
-    ),
-    re.compile(r"fp8.{0,60}requires? .{0,40}compute capability", re.IGNORECASE),
-    re.compile(r"(?:fp8|float8) (?:is |are )?not supported (?:on|by|for) (?:this|the|your)", re.IGNORECASE),
-    re.compile(r"pertensor quantization only works for cuda>=8\.9", re.IGNORECASE),
-]
-_ROWWISE = [
-    re.compile(
-        r"per-?_?row (?:quantization|scaling|granularity).{0,40}(?:only works|only supported|requires|not supported)",
-        re.IGNORECASE,
-    ),
-    re.compile(
-        r"row-?wise (?:scaling|scaled|quantization|fp8).{0,60}(?:not (?:currently )?supported|only (?:supported"
-        r"|available|works)|requires)",
-        re.IGNORECASE,
-    ),
-    re.compile(r"use_rowwise == false", re.IGNORECASE),
-    re.compile(r"f8f8bf16_rowwise", re.IGNORECASE),
-    re.compile(r"only bf16 high precision output types are supported for row-?wise", re.IGNORECASE),
-    re.compile(r"for row-?wise scaling", re.IGNORECASE),
-]
+_NO_BF16 = patterns(
+    r"your setup doesn'?t support bf16",
+    r"--?tf32 requires ampere",
+    r"bf16 mixed precision requires (?:pytorch|a gpu|a supported)",
+    r"current cuda device does not support bfloat16",
+    r"bfloat16 is only supported on gpus with compute capability",
+    r"bf(?:loat)?16 (?:precision )?(?:was )?(?:requested|is not supported|not supported|is not available"
+    r"|unsupported)"
+    r"(?! on mps)(?!.{0,20}\bmps\b)",
+    r"(?:gpu|device|hardware|card|setup) (?:does not|doesn'?t) support (?:torch\.)?b(?:f"
+    r"|float)16(?!.{0,80}falling back)",
+)
+_NO_FP8 = patterns(
+    r"(?:torch\.)?_scaled_mm`? is only supported on",
+    r"fp8.{0,40}(?:is |are )?only supported on (?:gpus?|devices?|cuda).{0,40}(?:8\.9|9\.0|sm_?89|sm_?90)",
+    r"(?:compute )?capability (?:of )?8\.9 or higher (?:is )?required",
+    r"(?:the current device has [^.]{0,80})?insufficient for fp8",
+    r"fp8e4nv (?:data type is )?not supported",
+    r"float8.{0,60}(?:only supported|only works|requires?).{0,30}(?:>=? ?8\.9|sm_?89|sm_?90|9\.0)",
+    r"fp8.{0,60}requires? .{0,40}compute capability",
+    r"(?:fp8|float8) (?:is |are )?not supported (?:on|by|for) (?:this|the|your)",
+    r"pertensor quantization only works for cuda>=8\.9",
+)
+_ROWWISE = patterns(
+    r"per-?_?row (?:quantization|scaling|granularity).{0,40}(?:only works|only supported|requires|not supported)",
+    r"row-?wise (?:scaling|scaled|quantization|fp8).{0,60}(?:not (?:currently )?supported|only (?:supported"
+    r"|available|works)|requires)",
+    r"use_rowwise == false",
+    r"f8f8bf16_rowwise",
+    r"only bf16 high precision output types are supported for row-?wise",
+    r"for row-?wise scaling",
+)
 _CUBLAS = re.compile(r"CUBLAS_STATUS_(?:NOT_SUPPORTED|INVALID_VALUE).{0,200}cublasLtMatmul", re.IGNORECASE)
 _FP8_NEAR = re.compile(r"_scaled_mm|float8|fp8|row_?wise|per_?row", re.IGNORECASE)
 #: GPU names in logs, in the words of nvidia-smi and torch

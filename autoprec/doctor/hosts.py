@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from autoprec.doctor.case import Case, Evidence, check, said
+from autoprec.doctor.case import Case, Evidence, check, patterns, said
 from autoprec.doctor.hardware import asked_format
 from autoprec.formats import Format
 from autoprec.probe.host import cpu_instructions, cpu_memory_bytes
@@ -13,34 +12,22 @@ from autoprec.records import DeviceProfile, FormatSupport, Origin, Severity, Sup
 
 __all__ = ["host_profile"]
 
-_MPS = [
-    re.compile(
-        r"(?:trying to )?convert b?float16 to the mps backend|convert (?:bfloat16|.{0,12}float8\w*) to the mps",
-        re.IGNORECASE,
-    ),
-    re.compile(r"bfloat16 (?:is )?not supported (?:on|by) (?:the )?mps|mps bfloat16 is only supported", re.IGNORECASE),
-    re.compile(r"in mps autocast, but the target dtype is not supported", re.IGNORECASE),
-    re.compile(r"mps autocast only supports", re.IGNORECASE),
-    re.compile(r"unsupported autocast device_type ['\"]?mps", re.IGNORECASE),
-    re.compile(r"(?:fp16|bf16) mixed precision requires a gpu \(not ['\"]?mps", re.IGNORECASE),
-    re.compile(
-        r"(?:undefined type|unsupported type|does not support) .{0,20}bfloat16.{0,60}mps|mps.{0,60}(?:does(?: "
-        r"not|n't)|no) support .{0,20}b(?:f|float)16",
-        re.IGNORECASE,
-    ),
-]
-_CPU_SLOW = [
-    re.compile(r"mkldnn_(?:bf16|reduced)\w* path needs the cpu support", re.IGNORECASE),
-    re.compile(
-        r"bf16.{0,60}(?:cpu|avx512)\w*.{0,60}(?:slow|not (?:natively )?supported|no native|lacks|without|emulat)",
-        re.IGNORECASE,
-    ),
-    re.compile(
-        r"(?:cpu|processor).{0,60}(?:does not|doesn'?t) (?:natively )?support (?:avx512_?bf16|amx|bf16|bfloat16"
-        r"|fp16|float16)",
-        re.IGNORECASE,
-    ),
-]
+_MPS = patterns(
+    r"(?:trying to )?convert b?float16 to the mps backend|convert (?:bfloat16|.{0,12}float8\w*) to the mps",
+    r"bfloat16 (?:is )?not supported (?:on|by) (?:the )?mps|mps bfloat16 is only supported",
+    r"in mps autocast, but the target dtype is not supported",
+    r"mps autocast only supports",
+    r"unsupported autocast device_type ['\"]?mps",
+    r"(?:fp16|bf16) mixed precision requires a gpu \(not ['\"]?mps",
+    r"(?:undefined type|unsupported type|does not support) .{0,20}bfloat16.{0,60}mps|mps.{0,60}(?:does(?: "
+    r"not|n't)|no) support .{0,20}b(?:f|float)16",
+)
+_CPU_SLOW = patterns(
+    r"mkldnn_(?:bf16|reduced)\w* path needs the cpu support",
+    r"bf16.{0,60}(?:cpu|avx512)\w*.{0,60}(?:slow|not (?:natively )?supported|no native|lacks|without|emulat)",
+    r"(?:cpu|processor).{0,60}(?:does not|doesn'?t) (?:natively )?support (?:avx512_?bf16|amx|bf16|bfloat16"
+    r"|fp16|float16)",
+)
 
 
 @check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from autoprec.doctor.case import Case, Evidence, check, said
+from autoprec.doctor.case import Case, Evidence, check, patterns, said
 from autoprec.doctor.logs import Said
 from autoprec.formats import Format
 from autoprec.records import Severity
@@ -15,44 +15,41 @@ _FLOATS = (
     r"|float64)(?:Tensor)?"
 )
 _SCALAR = re.compile(rf"expected scalar type ({_FLOATS}) but (?:found|got) ({_FLOATS})", re.IGNORECASE)
-_OTHER_SCALAR = [
-    re.compile(rf"input type \({_FLOATS}\) and (?:weight|bias) type \({_FLOATS}\) should be the same", re.IGNORECASE),
-    re.compile(
-        rf"expected (?:object|tensor).{{0,60}}(?:scalar )?type .?{_FLOATS}.{{0,40}}but got .{{0,40}}{_FLOATS}",
-        re.IGNORECASE,
-    ),
-    re.compile(r"expected tensor for argument .{0,80}to have the same type as tensor for argument", re.IGNORECASE),
-    re.compile(r"expected attn_mask dtype to be bool or", re.IGNORECASE),
-    re.compile(r"expected query, key,? and value to have the same dtype", re.IGNORECASE),
-    re.compile(rf"expected (?:all tensors|dtype) .{{0,30}}{_FLOATS}.{{0,40}} got (?:dtype )?{_FLOATS}", re.IGNORECASE),
-    re.compile(r"index put requires the source and destination dtypes match", re.IGNORECASE),
-    re.compile(r"scatter\w*\(\): expected self\.dtype to be equal to src\.dtype", re.IGNORECASE),
-    re.compile(r"(?:query|key|value|tensors?) .{0,40}must have (?:the )?same dtype", re.IGNORECASE),
-]
-_MATS = [
-    re.compile(r"(?:failed running call_function .{0,120})?mat1 and mat2 must have the same dtype", re.IGNORECASE),
-    re.compile(r"(?:expected )?(?:m1|self|a|mat1) and (?:m2|mat2|b)\s+(?:to|must) have the same dtype", re.IGNORECASE),
-    re.compile(r"expected both (?:inputs|vectors|matrices) to have (?:the )?same dtype", re.IGNORECASE),
-]
+_OTHER_SCALAR = patterns(
+    rf"input type \({_FLOATS}\) and (?:weight|bias) type \({_FLOATS}\) should be the same",
+    rf"expected (?:object|tensor).{{0,60}}(?:scalar )?type .?{_FLOATS}.{{0,40}}but got .{{0,40}}{_FLOATS}",
+    r"expected tensor for argument .{0,80}to have the same type as tensor for argument",
+    r"expected attn_mask dtype to be bool or",
+    r"expected query, key,? and value to have the same dtype",
+    rf"expected (?:all tensors|dtype) .{{0,30}}{_FLOATS}.{{0,40}} got (?:dtype )?{_FLOATS}",
+    r"index put requires the source and destination dtypes match",
+    r"scatter\w*\(\): expected self\.dtype to be equal to src\.dtype",
+    r"(?:query|key|value|tensors?) .{0,40}must have (?:the )?same dtype",
+)
+_MATS = patterns(
+    r"(?:failed running call_function .{0,120})?mat1 and mat2 must have the same dtype",
+    r"(?:expected )?(?:m1|self|a|mat1) and (?:m2|mat2|b)\s+(?:to|must) have the same dtype",
+    r"expected both (?:inputs|vectors|matrices) to have (?:the )?same dtype",
+)
 _MIXED_NORM = re.compile(r"mixed dtype \(CPU\): expect (?:parameter|input)", re.IGNORECASE)
 _NORM = re.compile(r"layer_?norm|rms_?norm|group_?norm|batch_?norm|\bnorm\(|_norm\b", re.IGNORECASE)
 _KERNEL = re.compile(
     r"[\"'`]?(?P<op>\w[\w:<>. ]*?)[\"'`]? not implemented for [\"'`]*(?:torch\.)?(?P<type>Half|BFloat16|Float8_\w+)",
     re.IGNORECASE,
 )
-_FLATTEN = [
-    re.compile(r"must flatten tensors with (?:the )?(?:uniform|same) dtype", re.IGNORECASE),
-    re.compile(r"fsdp expects uniform original parameter dtype", re.IGNORECASE),
-    re.compile(r"(?:fsdp|fully_shard|fully sharded).{0,60}(?:uniform|same) (?:param\w* )?dtype", re.IGNORECASE),
-]
-_FLASH_ERROR = [
-    re.compile(r"flash ?attention(?: 2(?:\.0)?)? only supports? (?:fp16|bf16)", re.IGNORECASE),
-    re.compile(r"flash ?attn\w* (?:only supports?|requires?) (?:fp16|bf16|float16|half)", re.IGNORECASE),
-]
-_FLASH_WARNING = [
-    re.compile(r"flash attention 2(?:\.0)? only supports? torch\.float16 and torch\.bfloat16", re.IGNORECASE),
-    re.compile(r"expected query, key and value to all be of dtype: \{(?:Half|BFloat16)", re.IGNORECASE),
-]
+_FLATTEN = patterns(
+    r"must flatten tensors with (?:the )?(?:uniform|same) dtype",
+    r"fsdp expects uniform original parameter dtype",
+    r"(?:fsdp|fully_shard|fully sharded).{0,60}(?:uniform|same) (?:param\w* )?dtype",
+)
+_FLASH_ERROR = patterns(
+    r"flash ?attention(?: 2(?:\.0)?)? only supports? (?:fp16|bf16)",
+    r"flash ?attn\w* (?:only supports?|requires?) (?:fp16|bf16|float16|half)",
+)
+_FLASH_WARNING = patterns(
+    r"flash attention 2(?:\.0)? only supports? torch\.float16 and torch\.bfloat16",
+    r"expected query, key and value to all be of dtype: \{(?:Half|BFloat16)",
+)
 _AUTOCAST = re.compile(r"\b(?:bf16|fp16)\W{1,4}true|mixed_precision\W{1,4}(?:bf16|fp16)|amp\w* enabled")
 
 

@@ -42,7 +42,8 @@ _NONE_FOUND = re.compile(
     re.IGNORECASE,
 )
 
-#: families trained in BF16 whose activations pass 65504, as words of a type, class or name. T5:
+#: families trained in BF16 whose activations pass 65504, as words of a type, class or name: those of
+#: recommender/advice.py, which knows classes alone, and more. T5:
 #: huggingface/transformers#5651, #9295; Gemma 3, 3n, 4: unslothai/unsloth-zoo#600; Qwen2: QwenLM/Qwen3#761, #826;
 #: DeepSeek-V2: deepseek-ai/DeepSeek-V2#93; GLM-4: zai-org/GLM-4#760
 _HAZARDS = re.compile(

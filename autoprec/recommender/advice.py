@@ -12,7 +12,16 @@ from autoprec.formats import Format, Fp8Recipe
 from autoprec.quantities import DropLimit
 from autoprec.records import DeviceProfile, Mode, Role, Support
 
-__all__ = ["Choice", "Situation", "base_choice", "family_overflow", "fp8_recipe", "overflows_fp16", "tf32_choice"]
+__all__ = [
+    "FP16_OVERFLOW",
+    "Choice",
+    "Situation",
+    "base_choice",
+    "family_overflow",
+    "fp8_recipe",
+    "overflows_fp16",
+    "tf32_choice",
+]
 
 #: peak of FP16 over BF16 from which inference takes FP16 (MI100: 184.6 and 92.3 TFLOP/s; elsewhere they are alike)
 _FP16_GAIN = 1.5
@@ -23,7 +32,7 @@ _TF32_GAIN = 1.2
 #: keep in FP32; none named: the whole model
 #: T5: huggingface/transformers#5651, #9295; Gemma 3: unslothai/unsloth-zoo#600; Qwen2: QwenLM/Qwen3#761,
 #: huggingface/transformers#33294; DeepSeek-V2: deepseek-ai/DeepSeek-V2#93
-_FP16_OVERFLOW: dict[str, tuple[Role, ...]] = {
+FP16_OVERFLOW: dict[str, tuple[Role, ...]] = {
     "T5": (Role.FFN,),
     "Gemma3": (Role.FFN,),
     "Gemma4": (Role.FFN,),
@@ -61,7 +70,7 @@ def base_choice(here: Situation) -> Choice:
     if bf16 is not None and bf16.support is Support.NATIVE:
         if here.mode is Mode.INFER and fp16 is not None and fp16.support is Support.NATIVE:
             ratio = device.peak_tflops.get("fp16", 0.0) / device.peak_tflops.get("bf16", float("inf"))
-            if ratio > _FP16_GAIN and not any(part in here.class_name for part in _FP16_OVERFLOW):
+            if ratio > _FP16_GAIN and not any(part in here.class_name for part in FP16_OVERFLOW):
                 return Choice(Format.FP16, f"fp16 is native on {device.name}, at {ratio:.1f}x the rate of bf16")
         return Choice(Format.BF16, f"bf16 is native on {device.name}: {bf16.reason}")
     # emulated bf16 raises no error and is slow: pytorch/pytorch#148322, #124996
@@ -104,12 +113,12 @@ def fp8_recipe(device: DeviceProfile) -> Fp8Recipe | None:
 
 def overflows_fp16(class_name: str) -> bool:
     """Say whether a class belongs to a family known to leave FP16's range somewhere."""
-    return any(part in class_name for part in _FP16_OVERFLOW)
+    return any(part in class_name for part in FP16_OVERFLOW)
 
 
 def family_overflow(role: Role | None, class_name: str) -> str:
     """Return the warning for a family known to leave FP16's range in units of a role (None: anywhere), or ''."""
-    for part, roles in _FP16_OVERFLOW.items():
+    for part, roles in FP16_OVERFLOW.items():
         if part in class_name and (role in roles if role else not roles):
             return f"{class_name} was trained in bf16, and its family is known to exceed fp16's 65504 here: fp32"
     return ""

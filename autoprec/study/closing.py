@@ -21,6 +21,7 @@ from autoprec.study.finalists import trained_worse
 from autoprec.study.front import pareto_front
 from autoprec.study.larger import largest_batches
 from autoprec.study.lessons import learn
+from autoprec.study.measuring import measure
 from autoprec.study.outcome import Outcome, evidence, on_one_clock, outcome_of
 from autoprec.study.verdict import REFERENCE, wanted
 
@@ -45,7 +46,7 @@ def _confirm(course: Course) -> None:
         earlier=[m.batch_drops for m in rows if m.batch_drops],
         plan_of=partial(_plan_of, course),
         has_time=lambda: course.budget.left > 0,
-        measure=partial(course.measure, worker=course.worker) if course.worker else None,
+        measure=partial(measure, worker=course.worker, budget=course.budget) if course.worker else None,
         forecast=course.forecast,
         also=partial(trained_worse, course),
     )

@@ -5,21 +5,20 @@ It goes on until the budget is spent, or until there is nothing left to gain as 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import Trial
 
-from autoprec.errors import DeviceError, MeasurementError, PlanError
+from autoprec.errors import MeasurementError
 from autoprec.files import as_json
 from autoprec.formats import Format
-from autoprec.measurement import DeviceFailed, Request, evaluate
+from autoprec.measurement import Request
 from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.pacing import SAME
@@ -43,10 +42,11 @@ from autoprec.study.crew import Crew
 from autoprec.study.folder import RunFolder
 from autoprec.study.knowledge import drop_priors, forecast_priors, sensitivity_of, speed_of, time_priors
 from autoprec.study.ledger import Ledger, open_ledger
+from autoprec.study.measuring import Outcome, outcome_of
 from autoprec.study.protocol import Hopeless
 from autoprec.study.sampler import FrontSampler
 from autoprec.study.space import SearchSpace, describe
-from autoprec.study.worker import Worker, WorkerLost
+from autoprec.study.worker import Worker
 
 __all__ = ["Candidates", "Course", "News"]
 
@@ -206,7 +206,7 @@ class Course:
     def _baseline(self, baseline: Baseline) -> Measurement:
         if baseline.plan is None:
             return Measurement(name=baseline.name, assignment={}, reason=baseline.reason)
-        found = self._noted(self._evaluate(self._request(baseline.plan, baseline.name), self.worker))
+        found = self._noted(outcome_of(self._request(baseline.plan, baseline.name), self.worker, self.budget))
         if self.ledger.reference is None:
             # the reference against itself: its speedup is the noise of this machine
             if found.step_ms is None:
@@ -256,10 +256,10 @@ class Course:
     def search(self, trials: int | None) -> None:
         """Measure what the sampler proposes, until budget, trials, space or gains end."""
         self.sampler = self.ledger.sample_with(self._new_sampler())
-        with Crew[_Key, _Outcome](self.workers) as crew:
+        with Crew[_Key, Outcome](self.workers) as crew:
             self._search(trials, crew)
 
-    def _search(self, trials: int | None, crew: Crew[_Key, _Outcome]) -> None:
+    def _search(self, trials: int | None, crew: Crew[_Key, Outcome]) -> None:
         """Keep every worker at a trial; the study is read and written here alone."""
         done = sum(row.trial is not None for row in self.ledger.rows)
         seen, going, stale, idle, over = self._seen(), dict[_Key, Trial](), 0, 0, False
@@ -281,7 +281,7 @@ class Course:
                 stale, going[key] = 0, trial
                 name = trial.user_attrs.get("name", f"trial {trial.number}")
                 request = self._request(self.plan(assignment), name, race=True)
-                crew.begin(partial(self._evaluate, request), key)
+                crew.begin(partial(outcome_of, request, budget=self.budget), key)
             elif going:
                 key, outcome = crew.next()
                 trial = going.pop(key)
@@ -372,22 +372,7 @@ class Course:
             is_hopeless=self._hopeless() if race and self.limit_value > 0 else None,
         )
 
-    def _evaluate(self, request: Request, worker: Worker | None) -> _Outcome:
-        """Carry out a request; may run in a thread of its worker's."""
-        begun = time.monotonic()
-        try:
-            return _Outcome(self.measure(request, worker), time.monotonic() - begun, False)
-        except DeviceFailed:  # in this process nothing can be measured any more
-            raise
-        except (DeviceError, PlanError, MeasurementError) as error:
-            fault = isinstance(error, MeasurementError)
-            # of the reference, it is not this plan's fault; nor in this process, where a reference that fails now fails
-            if request.reference_ms is None or (worker is None and fault):
-                raise
-            found = Measurement(name=request.name, assignment=request.plan.assignment, reason=str(error))
-            return _Outcome(found, time.monotonic() - begun, fault)
-
-    def _noted(self, outcome: _Outcome) -> Measurement:
+    def _noted(self, outcome: Outcome) -> Measurement:
         """Learn from an outcome, and count it."""
         found = outcome.found
         self.faults = self.faults + 1 if outcome.fault else 0
@@ -398,30 +383,6 @@ class Course:
             self.budget.learn(outcome.seconds)
         self.ledger.spend(self.budget.elapsed, self.evaluations)
         return found
-
-    def measure(self, request: Request, worker: Worker | None) -> Measurement:
-        """Measure where this search measures; where somebody killed the worker, once more.
-
-        Raises:
-            WorkerLost: the worker process was lost over it.
-            MeasurementError, DeviceError, PlanError: as `evaluate`.
-        """
-        if worker is None:
-            return evaluate(request)
-        worker.expected_seconds = self.budget.each_seconds
-        worker.last_call = self.budget.last_call()
-        try:
-            return worker.evaluate(request)
-        except WorkerLost as error:
-            lost = error
-        if not lost.killed or worker.given_up or not self.budget.has_time():
-            raise lost
-        worker.last_call = self.budget.last_call()
-        try:
-            found = worker.evaluate(request)
-        except WorkerLost as error:
-            raise WorkerLost(f"{lost}, twice" if str(error) == str(lost) else f"{lost}; then {error}") from None
-        return replace(found, reason="; ".join(filter(None, (found.reason, f"measured again: {lost}"))))
 
     def _hopeless(self) -> Hopeless:
         """Return what says whether a plan's drops are above the limit, whatever is still to come."""
@@ -459,14 +420,6 @@ class Course:
                 measurement=measurement,
             )
         )
-
-
-class _Outcome(NamedTuple):
-    """What came of a request, how long it took, and whether it could not be carried out at all."""
-
-    found: Measurement
-    seconds: float
-    fault: bool
 
 
 def _twice(assignment: Mapping[str, Format]) -> Measurement:

@@ -5,7 +5,6 @@ Nothing is locked or written, so a folder may be read while its search runs.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from autoprec.report.run import Run, RunRow
 from autoprec.study.front import pareto_front
 from autoprec.study.ledger import known_of
 from autoprec.study.outcome import on_one_clock
+from autoprec.study.quiet import quiet_optuna
 from autoprec.study.verdict import choose
 
 __all__ = ["read_run"]
@@ -94,7 +94,7 @@ def _study(
     journal = path / "study.journal"
     if journal.exists() and journal.stat().st_size:
         try:
-            with _without_news():
+            with quiet_optuna():
                 storage = JournalStorage(JournalFileBackend(str(journal)))
                 names = optuna.get_all_study_names(storage)
                 study = optuna.load_study(study_name=names[0], storage=storage)
@@ -142,13 +142,3 @@ def _table(path: Path) -> Iterator[tuple[int | None, Measurement]]:
                     reason=(reason if number is None else row["reason"]) or None,
                 ),
             )
-
-
-@contextlib.contextmanager
-def _without_news() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

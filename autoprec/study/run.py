@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import optuna
 import torch
 from optuna.storages import BaseStorage
 
@@ -39,6 +38,7 @@ from autoprec.study.confirming import split
 from autoprec.study.course import Candidates, Course, News
 from autoprec.study.folder import RunFolder
 from autoprec.study.live import LiveReport
+from autoprec.study.quiet import quiet_optuna
 from autoprec.study.space import build_space
 from autoprec.study.worker import Worker
 
@@ -108,7 +108,7 @@ def search(
     path = Path(out) if out is not None else _default_folder(workload)
     here = torch.device(workers[0].loading.device) if workers else device_of(workload.model)
     away = absent_device(here, device)
-    with RunFolder(path) as folder, _quiet_optuna(), _old_objects_aside():
+    with RunFolder(path) as folder, quiet_optuna(), _old_objects_aside():
         try:
             if folder.has_study() and not resume:
                 raise StudyError(
@@ -256,17 +256,6 @@ def _default_folder(workload: Workload) -> Path:
     slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(workload.model_id).name)
     # a file name has 255 bytes
     return Path("autoprec-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{slug[:60] or 'model'}"
-
-
-@contextlib.contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    """Keep Optuna's log to warnings for the length of a search: it prints every parameter of every trial."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager
