@@ -8,6 +8,7 @@ that they travel with copies.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Iterator, Mapping
 from types import MethodType
@@ -40,19 +41,20 @@ def check_once(root: Any) -> None:
         PlanError: names the module that lost its scope or its weights' format, and the mend.
     """
     if torch.compiler.is_compiling():
-        _check_while_tracing(root)
+        _check_while_tracing(id(root))
     elif root.__dict__.get("_autoprec_checked") != id(root):
         _check(root)
         root.__dict__["_autoprec_checked"] = id(root)
 
 
-def _check_while_tracing(root: Any) -> bool:
-    _check(root)
+def _check_while_tracing(address: int) -> bool:
+    _check(ctypes.cast(address, ctypes.py_object).value)
     return True
 
 
 # Runs as plain Python while a graph is made, and leaves nothing in it. This is the mark that
-# torch.compiler.assume_constant_result sets, without its import of the whole compiler.
+# torch.compiler.assume_constant_result sets, without its import of the whole compiler. Up to torch 2.12 arguments must
+# be constants, which a module is not but its address is; whoever traces it keeps it alive.
 _check_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
