@@ -164,6 +164,14 @@ def matmuls(
                 ms = timed(device, partial(F.linear, a, b))
                 row = {"format": key, "m": m, "n": n, "k": k, "ms": ms}
                 yield row | _guesses(known, profile, gemm_ms, m, n, k, key)
+    if device.type == "cuda" and fp8_missing(device) is None:
+        one = torch.ones((), device=device)
+        dtype = torch.float8_e4m3fnuz if torch.version.hip and profile.fp8_family == "fnuz" else torch.float8_e4m3fn
+        for m, n, k in shapes:
+            a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
+            ms = timed(device, partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16))
+            row = {"format": "fp8", "m": m, "n": n, "k": k, "ms": ms}
+            yield row | _guesses(known, profile, gemm_ms, m, n, k, "fp8")
 
 
 def steps(device: torch.device, profile: DeviceProfile, known: DeviceProfile, quick: bool) -> Iterator[dict[str, Any]]:
@@ -172,7 +180,7 @@ def steps(device: torch.device, profile: DeviceProfile, known: DeviceProfile, qu
         model = model.to(device).train()
         ids = torch.randint(0, 1000, (batch, length), device=device)
         units = probe_units(model, model_id=name)
-        for choice in ("fp32", "bf16", "fp16"):
+        for choice in ("fp32", "bf16", "fp16", "fp8"):
             if profile.supports(Format(choice)) is not Support.NATIVE:
                 continue
             for mode in ("train", "infer"):
