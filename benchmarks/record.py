@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -39,11 +40,13 @@ def commit() -> str:
     changes = subprocess.run(
         ["git", "status", "--porcelain", "--", "autoprec"], cwd=ROOT, capture_output=True, text=True
     )
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return (head.stdout.strip() or os.environ.get("AUTOPREC_COMMIT", "unknown")) + (
+        "+changes" if changes.stdout.strip() else ""
+    )
 
 
 def device() -> dict[str, Any]:
-    """Return the processor's name, its cores in use by torch, and the instruction sets that matter."""
+    """Return the processor's name, its cores in use by torch, the instruction sets that matter, and the card if any."""
     import torch
 
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -54,6 +57,7 @@ def device() -> dict[str, Any]:
         "name": name[1] if name else platform.processor(),
         "threads": torch.get_num_threads(),
         "instructions": sorted(known & set(flags[1].split())) if flags else [],
+        **({"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2
 
 from autoprec import Plan, applied, probe_device, probe_units
 from autoprec.catalog import device_names, find_entry
-from autoprec.errors import AutoprecError
+from autoprec.errors import AutoprecError, first_line
 from autoprec.files import as_json
 from autoprec.formats import Format, Fp8Recipe
 from autoprec.predict import gemm_ms, step_time
-from autoprec.records import DeviceProfile, Estimate, Support
+from autoprec.records import DeviceProfile, Estimate, ModelProfile, Role, Support
 from autoprec.runtime.fp8 import fp8_emulated_matmul, fp8_matmul, fp8_missing
 from autoprec.runtime.target import WIDENED
 from autoprec.runtime.tf32 import tf32_set
@@ -184,11 +184,23 @@ def steps(device: torch.device, profile: DeviceProfile, known: DeviceProfile, qu
             if profile.supports(Format(choice)) is not Support.NATIVE:
                 continue
             for mode in ("train", "infer"):
-                plan = Plan.uniform(units, choice, mode=mode)
-                with applied(model, plan):
-                    ms = timed(device, _step(model, ids, mode), seconds=0.2 if quick else 2.0)
-                row = {"model": name, "format": choice, "mode": mode, "batch": batch, "length": length, "ms": ms}
-                yield row | _guesses(known, profile, partial(_predicted_step, model), plan, batch, length, mode)
+                plan = _plan(units, choice, mode)
+                row = {"model": name, "format": choice, "mode": mode, "batch": batch, "length": length}
+                try:
+                    with applied(model, plan):
+                        row["ms"] = timed(device, _step(model, ids, mode), seconds=0.2 if quick else 2.0)
+                except (AutoprecError, RuntimeError) as error:  # the rest is worth having
+                    yield row | {"error": first_line(error)}
+                else:
+                    yield row | _guesses(known, profile, partial(_predicted_step, model), plan, batch, length, mode)
+
+
+def _plan(units: ModelProfile, choice: str, mode: str) -> Plan:
+    """Return one format for all; FP8 for blocks only, as is usual, since heads' vocabularies are seldom multiples."""
+    if choice != "fp8":
+        return Plan.uniform(units, choice, mode=mode)
+    blocks = [u.name for u in units.units if u.role in (Role.ATTENTION, Role.FFN)]
+    return Plan.assign(units, dict.fromkeys(blocks, "fp8"), fp8_recipe="tensorwise", mode=mode)
 
 
 def _predicted_step(model: Any, device: DeviceProfile, *step: Any) -> Estimate:
@@ -265,9 +277,12 @@ def _guesses(
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Return how well it went, in one line each."""
     lines: dict[str, Any] = {"numerics that differ": [r["what"] for r in found["numerics"] if not r["same"]]}
+    for row in found["steps"]:
+        if "error" in row:
+            lines[f"{row['model']} in {row['format']}, {row['mode']}"] = f"not run: {row['error']}"
     for part in ("matmuls", "steps"):
         for source in ("datasheet", "probed"):
-            pairs = [(r["ms"], r[f"predicted_{source}"]) for r in found[part]]
+            pairs = [(r["ms"], r[f"predicted_{source}"]) for r in found[part] if "ms" in r]
             known = [(ms, p) for ms, p in pairs if isinstance(p, dict)]
             if known:
                 errors = [abs(math.log(p["value"] / ms)) for ms, p in known]

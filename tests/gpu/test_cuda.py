@@ -133,7 +133,8 @@ def test_a_plans_tf32_is_in_force_until_it_is_removed() -> None:
 def audited(plan: Plan, model: nn.Module) -> AuditReport:
     """Audit a training step of a model on the device."""
     ids = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1)).to(CUDA)
-    return audit(model, plan, {"input_ids": ids, "labels": ids})
+    with applied(model, plan):
+        return audit(model, plan, {"input_ids": ids, "labels": ids})
 
 
 def executed(report: AuditReport, choice: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -70,11 +71,11 @@ def test_sensitivity_is_that_of_the_same_emulated_plan_on_a_cpu() -> None:
     drops = []
     for given in (here, there):
         found = probe_sensitivity(given, ("bf16",), cache=False)
-        drops.append({row.unit: row.drop.value for row in found.drops})
+        drops.append({row.unit: row.drop for row in found.drops})
     assert drops[0].keys() == drops[1].keys()
-    pairs = [(drops[0][unit], drops[1][unit]) for unit in drops[0] if drops[1][unit] > 1e-10]
-    # the same rounding of the same numbers; labels are drawn from distributions that differ in the last bits
-    assert pairs and all(0.5 < a / b < 2.0 for a, b in pairs)
+    # labels are drawn by each device's own generator, so what is compared is what the intervals say
+    meet = [a.low <= b.high and b.low <= a.high for a, b in ((drops[0][unit], drops[1][unit]) for unit in drops[0])]
+    assert statistics.mean(meet) >= 0.8, drops
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
@@ -146,7 +147,7 @@ def test_a_search_of_the_demo_on_the_card(tmp_path: Path) -> None:
     autoprec("search", "demo", "--device", "cuda", "--budget", "75s", "--out", "run", folder=tmp_path)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     rows = [*result["baselines"], *result["front"]]
-    assert {row["origin"] for row in rows} == {Origin.MEASURED.value}
+    assert {origin for row in rows for origin in row["origin"].values() if origin} == {Origin.MEASURED.value}
     # the demo is small: a card has it wait for its launches, which no format shortens; any answer but a crash will do
     assert result["verdict"]["decision"] in set(VerdictDecision)
     assert json.loads((tmp_path / "run" / "device.json").read_text())["kind"] == "cuda"
