@@ -255,14 +255,17 @@ def test_a_format_that_pays_needs_no_reason() -> None:
     assert never is not None and "up to 512 tokens a step (16 here) it does not pay either" in never
 
 
-# CUDA's clock, on stand-ins: not run on a card
+# CUDA's clock, on stand-ins
 
 
 class Cuda:
-    """What a timer asks of torch.cuda, counting: a replay takes 20 µs, a launched run 50 µs."""
+    """What a timer asks of torch.cuda, counting: a replay takes so many µs, a launched run 50."""
 
-    def __init__(self, *, captures: bool) -> None:
-        self.captures, self.now_ms, self.capturing = captures, 0.0, False
+    def __init__(self, *, captures: bool, replay_us: float = 20.0) -> None:
+        self.captures, self.replay_us, self.now_ms, self.capturing = captures, replay_us, 0.0, False
+
+    def synchronize(self) -> None:
+        """Done already."""
 
     def Stream(self) -> Any:
         return self
@@ -280,7 +283,7 @@ class Cuda:
 
         class Graph:
             def replay(self) -> None:
-                cuda.now_ms += 0.02
+                cuda.now_ms += cuda.replay_us / 1e3
 
         return Graph()
 
@@ -315,18 +318,23 @@ class Cuda:
         self.now_ms += 0.05
 
 
-@pytest.mark.parametrize(("captures", "seconds"), [(True, 20e-6), (False, 50e-6)])
-def test_graphs_are_replayed_between_events(captures: bool, seconds: float) -> None:
-    cuda, notes, entered = Cuda(captures=captures), list[str](), []
+@pytest.mark.parametrize(
+    ("captures", "replay_us", "seconds"),
+    [(True, 20.0, 50e-6), (True, 80.0, 80e-6), (False, 80.0, 50e-6)],
+    ids=["launching takes longer", "kernels take longer", "no graph"],
+)
+def test_a_run_takes_what_its_kernels_or_their_launches_take(captures: bool, replay_us: float, seconds: float) -> None:
+    cuda, notes, entered = Cuda(captures=captures, replay_us=replay_us), list[str](), []
 
     def around() -> Any:
         entered.append(1)
         return contextlib.nullcontext()
 
-    work = _Graph(cuda.run, around, cuda, notes)
+    work = _Graph(cuda.run, around, cuda, notes, clock=lambda: cuda.now_ms / 1e3)
     assert work.seconds() == pytest.approx(seconds)
+    assert work.launch_bound is (captures and replay_us < 50)
     assert bool(notes) is not captures
-    assert len(entered) == (1 if captures else 2)  # a graph holds its formats; what is launched again needs them again
+    assert len(entered) == 2  # what is launched again needs its formats again
 
 
 def test_a_frozen_embedding_has_no_backward() -> None:

@@ -20,7 +20,7 @@ from autoprec.predict import gemm_ms, step_ms, step_time
 from autoprec.predict.card import card_of
 from autoprec.predict.coefficients import coefficients, read_coefficients
 from autoprec.predict.kernels import Kind, Phase
-from autoprec.records import DeviceProfile, FormatSupport, GemmRate, Hardware, Origin, Support
+from autoprec.records import DeviceProfile, Estimate, FormatSupport, GemmRate, Hardware, Origin, Support
 
 GPUS = [n for n in device_names() if find_device(n).kind == "cuda" and "fp32" in find_device(n).peak_tflops]
 SIZES = st.integers(min_value=1, max_value=16384)
@@ -168,6 +168,24 @@ def test_a_small_step_waits_for_the_host() -> None:
     found = step_time("gpt2", "h100-sxm", "bf16", 1, 128)
     assert Phase.FORWARD in found.host_bound
     assert not step_time("gpt2-xl", "t4", "fp16", 8, 1024).host_bound
+
+
+def test_what_the_host_takes_is_known_where_it_was_measured_and_doubted_elsewhere() -> None:
+    """Steps of an H200 with a host that needs 20 µs a launch, and 45 an operation: profiles/measured/."""
+    known = find_device("h200-sxm-141gb")
+    slow = dataclasses.replace(known, launch_us=Estimate(20.0, 19.5, 20.5, Origin.MEASURED))
+    quick = dataclasses.replace(known, launch_us=Estimate(4.0, 3.9, 4.1, Origin.MEASURED))
+    for name, choice, seen in (("gpt2", "bf16", 18.3), ("gpt2", "fp32", 28.9)):
+        there, here = (step_time(name, device, choice, 8, 512, "infer") for device in (known, slow))
+        assert there.step_ms.low <= seen <= there.step_ms.high
+        assert here.step_ms.value == pytest.approx(seen, rel=0.3)
+        assert step_time(name, quick, choice, 8, 512, "infer").step_ms.value <= here.step_ms.value
+    small = step_time("gpt2", known, "bf16", 1, 128)
+    assert any("depends on the host, which was not measured" in doubt for doubt in small.doubts)
+    assert not any("host" in doubt for doubt in step_time("gpt2", slow, "bf16", 1, 128).doubts)
+    # a large model computes for longer than any host takes
+    large = step_time("meta-llama/Meta-Llama-3-8B", known, "bf16", 1, 8192).step_ms
+    assert large.high < 1.6 * large.value
 
 
 def test_a_mixed_plan_lies_between_its_formats() -> None:

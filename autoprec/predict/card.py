@@ -32,6 +32,9 @@ _SHARED_FP32 = (8, 6)
 LOW_POWER_WATTS = 75.0
 #: multiprocessors of a card whose number nobody says: the middle of the catalogue's
 _SOME_UNITS = 80
+#: an operation of an eager step, its modules and autocast's casts counted in, over a launch by itself: 45 µs over 20 on
+#: an H200 (profiles/measured/h200-sxm-141gb.json)
+_OPERATION = 2.25
 
 
 class Units(StrEnum):
@@ -67,6 +70,8 @@ class Card:
     attention: AttentionShares
     #: why a format has no rate
     absent: Mapping[str, str]
+    #: what its own host takes for an operation of an eager step; None where that was not measured
+    eager_seconds: float | None = None
     #: what its rate is at depends on how warm it runs
     low_power: bool = False
     #: what is not as well known as it should be
@@ -121,6 +126,7 @@ def card_of(profile: DeviceProfile, numbers: Coefficients) -> Card:
         rates=rates,
         attention=family.attention.get(profile.architecture or "", family.attention["other"]),
         absent=absent,
+        eager_seconds=profile.launch_us.value * 1e-6 * _OPERATION if profile.launch_us else None,
         low_power=low_power,
         doubts=tuple(doubts),
     )

@@ -73,11 +73,15 @@ class Pricer:
     def launch_seconds(self) -> float:
         """What the host needs to launch a kernel."""
         family = self.card.family
-        return family.compiled_seconds if self.compiled else family.eager_seconds
+        return family.compiled_seconds if self.compiled else self.card.eager_seconds or family.eager_seconds
 
-    def step_seconds(self, priced: Priced) -> dict[Phase, float]:
-        """Return the seconds of each phase: the device's, or the host's where that takes longer."""
-        each = self.launch_seconds
+    def step_seconds(self, priced: Priced, slower: float = 1.0) -> dict[Phase, float]:
+        """Return the seconds of each phase: the device's, or the host's where that takes longer.
+
+        Args:
+            slower: how many times what is known of the host it takes.
+        """
+        each = slower * self.launch_seconds
         return {
             phase: (busy**OVERLAP + (each * priced.launches[phase]) ** OVERLAP) ** (1 / OVERLAP)
             for phase, busy in priced.device.items()

@@ -7,6 +7,7 @@ and libraries much older or newer than those the coefficients were fitted on.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ __all__ = ["StepTime", "gemm_ms", "predict_step", "priced_units", "step_ms", "st
 #: forward took three times as long at 4 sequences, with 64 GB nearly full)
 _ROOM = 0.9
 _CROWDED = "the step needs"
+#: an operation of an eager step took 30 to 65 µs on the slowest host seen (a virtual one of an H200,
+#: profiles/measured/h200-sxm-141gb.json), 12 where most were timed
+_SLOWEST_HOST = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,12 +215,15 @@ def predict_step(
     used = {work.operands(unit.name) for unit in profile.units if shape.linears(unit)}
     vendor = device.hardware.vendor if device.hardware else ""
     crowded = _crowded(profile, plan, device, setup, facts) if crowding else None
-    doubts = tuple(_doubts(card, used, setup, table, crowded))
+    doubts = (*_doubts(card, used, setup, table, crowded), *_host_doubts(card, host))
     low, high = table.fitted_tokens
     outside = not low <= setup.tokens <= high or any(doubt.startswith(_CROWDED) for doubt in doubts)
     estimate = _estimate(
         1e3 * sum(phases.values()), _spread(table, vendor, used, setup, compiled), card, used, table, outside
     )
+    if card.eager_seconds is None:  # and nobody knows what host it will be
+        slow = 1e3 * sum(pricer.step_seconds(total, slower=_SLOWEST_HOST).values())
+        estimate = dataclasses.replace(estimate, high=max(estimate.high, slow))
     return StepTime(
         device=device.name,
         step_ms=estimate,
@@ -304,6 +311,16 @@ def _crowded(
     full = held > device.memory_bytes
     slow = "it does not fit" if full else "an allocator that frees and asks again can halve its speed"
     return f"{_CROWDED} about {needs:.1f} of the {has:.0f} GB of {device.name}: {slow}"
+
+
+def _host_doubts(card: Card, host: tuple[Phase, ...]) -> Iterator[str]:
+    """Yield what to say of a step that waits for its launches."""
+    if host and card.eager_seconds is None:
+        yield (
+            f"launching takes longer than computing ({', '.join(host)}), and that depends on the host, which was not "
+            f"measured: {1e6 * card.family.eager_seconds:.0f} µs an operation are assumed, and up to {_SLOWEST_HOST:g} "
+            "times as many were seen"
+        )
 
 
 def _doubts(card: Card, used: set[str], setup: Setup, numbers: Coefficients, crowded: str | None) -> Iterator[str]:

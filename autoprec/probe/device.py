@@ -18,7 +18,7 @@ from autoprec.errors import DeviceError
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
 from autoprec.probe.host import cpu_instructions, cpu_memory_bytes, cpu_name, driver_version, slug
 from autoprec.probe.known import KINDS, named_profile
-from autoprec.probe.rates import Trial, copy_rate, fault_text, gemm_trials, matmuls, strict_fp32
+from autoprec.probe.rates import Trial, copy_rate, fault_text, gemm_trials, launch_time, matmuls, strict_fp32
 from autoprec.records import DeviceProfile, FormatSupport, GemmRate, Origin, Support
 
 __all__ = ["device_name", "probe_device", "resolve_device"]
@@ -142,6 +142,7 @@ def _measured(here: torch.device, seconds: float) -> DeviceProfile:
         threads=torch.get_num_threads() if here.type == "cpu" else None,
         gemm_rates=_rates(trials),
         copy_gb_per_s=copy_rate(here, 0.1 * seconds),
+        launch_us=launch_time(here) if here.type != "cpu" else None,
         versions=_versions(here),
     )
     if entry is None:

@@ -31,6 +31,8 @@ def why_not(
     device: torch.device,
     even: tuple[int, bool] | None = None,
     tokens: int = 0,
+    *,
+    launch_bound: bool = False,
 ) -> str | None:
     """Say why a format that was timed at a unit does not pay there; None where it does.
 
@@ -38,6 +40,7 @@ def why_not(
         ratio: its time over FP32's.
         even: at how many times the batch it was tried, too, and whether it pays there.
         tokens: of the batch.
+        launch_bound: whether launching its kernels takes longer than they do.
     """
     if pays(ratio):
         return None
@@ -47,7 +50,9 @@ def why_not(
         return f"{seen}: {why}"
     if not any(leaf.kind in _PRODUCTS for leaf in leaves):
         return f"{seen}: it multiplies nothing, so only bytes could be saved"
-    if ratio.low > SETTLED:
+    if launch_bound:
+        seen += "; launching its kernels takes longer than they do, which torch.compile or larger batches mend"
+    elif ratio.low > SETTLED:
         return f"{seen}: the device has no unit for such products"
     if even is None:
         return f"{seen}: its products are too small, or what stands between them takes longer"

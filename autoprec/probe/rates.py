@@ -25,12 +25,23 @@ from autoprec.errors import first_line
 from autoprec.formats import Fp8Family, Fp8Recipe
 from autoprec.records import Estimate, Origin
 
-__all__ = ["Trial", "copy_rate", "fault_text", "gemm_trials", "matmuls", "median_interval", "strict_fp32"]
+__all__ = [
+    "Trial",
+    "copy_rate",
+    "fault_text",
+    "gemm_trials",
+    "launch_time",
+    "matmuls",
+    "median_interval",
+    "strict_fp32",
+]
 
 #: one timing should be long against the clock and the launch of a kernel
 _SPAN_SECONDS = {"cpu": 0.002, "mps": 0.01}
 _DEFAULT_SPAN_SECONDS = 0.004
 _MAX_ROUNDS = 25
+#: a matmul far below any launch's time, how often it is launched in a row, and how often that is timed
+_SMALL, _LAUNCHES, _LAUNCH_ROUNDS = 64, 200, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,14 @@ def copy_rate(device: torch.device, seconds: float, *, mebibytes: int = 64) -> E
     while len(times) < 3 or (time.perf_counter() < stop and len(times) < _MAX_ROUNDS):
         times.append(_time(lambda: target.copy_(source), 1 if device.type == "cpu" else 20, device))
     middle, low, high = median_interval([2 * source.nbytes / t / 1e9 for t in times])
+    return Estimate(middle, low, high, Origin.MEASURED)
+
+
+def launch_time(device: torch.device) -> Estimate:
+    """Return the µs that launching a matmul takes whose kernel takes less: small models' eager steps consist of it."""
+    left, right = _operands(device, _SMALL)
+    each = [1e6 * _time(lambda: torch.mm(left, right), _LAUNCHES, device) for _ in range(_LAUNCH_ROUNDS)]
+    middle, low, high = median_interval(each[1:])  # the first sets the kernel up
     return Estimate(middle, low, high, Origin.MEASURED)
 
 

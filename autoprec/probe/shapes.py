@@ -97,6 +97,12 @@ class Shape:
             return self.kept[choice].forward * statistics.median(self.forward[Format.FP32])
         return statistics.median(self.forward[choice])
 
+    def is_launch_bound(self, choice: Format) -> bool:
+        """Say whether launching its kernels took longer than they did, in the latest round of this probe."""
+        forward, both = self.works.get(choice, (None, None))
+        work = both or forward
+        return work is not None and work.launch_bound
+
     @property
     def formats(self) -> set[Format]:
         """Formats that something is known of."""
@@ -208,6 +214,7 @@ def unit_times(
             forward = 1e3 * sum(c.count * s.forward_seconds(choice) for s, c in own)
             ratio = Estimate(value, lower, upper, Origin.MEASURED)
             even = own[0][0].even.get(choice) if len(own) == 1 else None
+            bound = any(shape.is_launch_bound(choice) for shape, _ in own)
             yield UnitTime(
                 unit=unit.name,
                 format=choice,
@@ -215,5 +222,7 @@ def unit_times(
                 forward_ms=min(forward, both) if training else both,
                 backward_ms=max(both - forward, 0.0) if training else None,
                 ratio=ratio,
-                reason=None if choice is Format.FP32 else why_not(profile, unit, choice, ratio, device, even, tokens),
+                reason=None
+                if choice is Format.FP32
+                else why_not(profile, unit, choice, ratio, device, even, tokens, launch_bound=bound),
             )

@@ -88,6 +88,8 @@ class DeviceProfile:
     threads: int | None = None
     gemm_rates: tuple[GemmRate, ...] = ()
     copy_gb_per_s: Estimate | None = None
+    #: what its host takes to launch one small matmul, in µs; not of CPUs, and only where it was measured
+    launch_us: Estimate | None = None
     #: vendor's dense peaks, TFLOP/s with FP32 accumulation, and memory bandwidth
     peak_tflops: Mapping[str, float] = field(default_factory=dict)
     bandwidth_gb_per_s: float | None = None

@@ -20,8 +20,10 @@ from torch.overrides import TorchFunctionMode
 from autoprec.formats import TF32
 from autoprec.runtime.emulate import round_to
 
-__all__ = ["WIDENED", "target_lists"]
+__all__ = ["RMS_NORM_WIDENED", "WIDENED", "target_lists"]
 
+#: on CUDA's list from 2.12 on (pytorch/pytorch#188955); an H200 with 2.11 left it in BF16
+RMS_NORM_WIDENED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 #: autocast's `fp32` and `fp32_set_opt_dtype` lists of CUDA, as functions and methods are called in Python
 WIDENED = frozenset(
     {
@@ -30,9 +32,10 @@ WIDENED = frozenset(
         "exp", "expm1", "gaussian_nll_loss", "group_norm", "hinge_embedding_loss", "huber_loss", "kl_div", "l1_loss",
         "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "logsumexp", "margin_ranking_loss", "mse_loss",
         "multi_margin_loss", "multilabel_margin_loss", "native_layer_norm", "nll_loss", "norm", "poisson_nll_loss",
-        "pow", "prod", "reciprocal", "renorm", "rms_norm", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss",
+        "pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss",
         "softmax", "softmin", "softplus", "sum", "tan", "triplet_margin_loss", "vector_norm",
     }
+    | ({"rms_norm"} if RMS_NORM_WIDENED else set())
 )  # fmt: skip
 #: functions whose operands a tensor core takes in TF32
 _PRODUCTS = frozenset(
