@@ -43,7 +43,7 @@ real: models ## the tests on real trained models
 
 nightly: models ## all tests on real trained models, the long ones too, the report in a browser and the notebook
 	$(INSTALL) -e '.[nightly]'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 7200 -m "(nightly or real) and not gpu"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -n $(WORKERS) --dist worksteal --timeout 7200 -m "(nightly or real) and not gpu"
 
 audit: $(TEST_READY) ## known vulnerabilities of the versions in constraints.txt (pip-audit, in .venv-audit), and licences
 	$(PYTHON) -m venv $(VENV)-audit

@@ -2,7 +2,8 @@
 
 A target's steps and the plain ones take turns in short chunks, the order turning round; a ratio is taken within a
 pair of chunks, and the interval is distribution-free. `ddp` and `fsdp2` are one process: what wrapping costs, not
-what sending does. `apply again` is the plain loop against itself: what the machine's noise makes of such a ratio.
+what sending does; `keras` is its own model of the same sizes. `apply again` is the plain loop against itself: what
+the machine's noise makes of such a ratio.
 
     python benchmarks/bench_exports.py [--pairs 40] [--steps 5] [--targets accelerate ddp]
 """
@@ -12,8 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -23,6 +27,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import torch
 from ratios import ratio_row
 from record import ROOT, write_result
+from transformers import Trainer
 
 import autoprec
 
@@ -126,14 +131,137 @@ def lightning() -> Chunk:
     return chunk
 
 
-SIDES: dict[str, Callable[[], Chunk]] = {
-    "apply again": plain,
-    "accelerate": accelerate,
-    "lightning": lightning,
-    "ddp": lambda: wrapped("ddp"),
-    "fsdp2": lambda: wrapped("fsdp2"),
-    "fsdp2, low_gather": lambda: wrapped("fsdp2", low_gather=True),
-    "torch-compile": compiled,
+def trainer() -> Chunk:
+    """Transformers' Trainer, from the start of one step to the start of another, so without its starting up."""
+    from transformers import TrainerCallback
+
+    made = fresh()
+    program = made.program("transformers")
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.starts: list[float] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.starts.append(time.perf_counter())
+
+    rows = [{k: v[i] for k, v in batch.items()} for batch in made.batches() for i in range(len(batch["input_ids"]))]
+    settings = {"per_device_train_batch_size": 8, "learning_rate": 0.0, "use_cpu": True, "report_to": "none"}
+    quiet = {"save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "logging_strategy": "no"}
+    folder = tempfile.mkdtemp(prefix="autoprec-bench-")
+    autoprec.apply(made.model, made.plan)
+
+    def chunk(steps: int) -> float:
+        clock = Clock()
+        arguments = program.make_arguments(folder, max_steps=steps + 1, **settings, **quiet)
+        Trainer(model=made.model, args=arguments, train_dataset=rows, callbacks=[clock]).train()
+        return clock.starts[-1] - clock.starts[0]
+
+    return chunk
+
+
+def keras() -> Chunk:
+    """Keras on torch: its own decoder of the same sizes with the plan's policies, AdamW and no clipping."""
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras as library
+    import numpy as np
+    from train_keras import Decoder
+
+    made = fresh()
+    program = made.program("keras")
+    model = Decoder(made.model.config, program.policy_map(lambda path: f"decoder/{path}"))
+    batches = cycle([np.asarray(batch["input_ids"]) for batch in made.batches()])
+    model(next(batches))
+    optimizer: Any = library.optimizers.AdamW(0.0)
+    loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss, auto_scale_loss=False)
+
+    def chunk(steps: int) -> float:
+        started = time.perf_counter()
+        for ids in islice(batches, steps):
+            float(model.train_on_batch(ids[:, :-1], ids[:, 1:]))
+        return time.perf_counter() - started
+
+    return chunk
+
+
+def small_llama() -> tuple[Any, autoprec.Plan]:
+    """Return a Llama with random weights and a plan of FP8 in all but a block's FFN and the head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    plan = autoprec.Plan.uniform(model, "fp8", fp8_recipe="tensorwise")
+    return model, plan.replace({"blocks.0.ffn": "bf16", "lm_head": "bf16"})
+
+
+def fp8(target: str) -> Chunk:
+    """FP8 emulated, by torchao or by apply: torchao converts nn.Linear only, which the demo model has not."""
+    model, plan = small_llama()
+    made = replace(fresh(), model=model, plan=plan)
+    ids = torch.randint(0, 512, (8, 128), generator=torch.Generator().manual_seed(0))
+    if target == "torchao":
+        program = made.program("torchao")
+        model = program.prepare(model, emulate=True)
+    else:
+        program = fresh().program("python")
+        autoprec.apply(model, plan, emulate=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+
+    def chunk(steps: int) -> float:
+        started = time.perf_counter()
+        program.train(model, [{"input_ids": ids, "labels": ids}] * steps, optimizer)
+        return time.perf_counter() - started
+
+    return chunk
+
+
+def forward(target: str) -> Chunk:
+    """A forward pass in FP32 with one FFN in FP16, in onnxruntime or by apply; its CPU provider has no BF16."""
+    made = fresh()
+    plan = autoprec.Plan.uniform(made.model, "fp32", mode="infer").replace({"blocks.0.ffn": "fp16"})
+    plan.save(made.plan_path)
+    made = replace(made, plan=plan)
+    ids = next(made.batches(1))["input_ids"]
+    if target == "onnx":
+        import onnxruntime
+
+        file = made.plan_path.parent / "model.onnx"
+        made.program("onnx").write(made.model, file, input_ids=ids)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        run: Callable[[], Any] = partial(session.run, None, {"input_ids": ids.numpy()})
+    else:
+        autoprec.apply(made.model.eval(), plan)
+        run = partial(made.model, input_ids=ids)
+
+    def chunk(steps: int) -> float:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(steps):
+                run()
+        return time.perf_counter() - started
+
+    return chunk
+
+
+#: by name: what makes a target's chunks, and what makes those of `apply`
+SIDES: dict[str, tuple[Callable[[], Chunk], Callable[[], Chunk]]] = {
+    "apply again": (plain, plain),
+    "transformers": (trainer, plain),
+    "accelerate": (accelerate, plain),
+    "lightning": (lightning, plain),
+    "ddp": (partial(wrapped, "ddp"), plain),
+    "fsdp2": (partial(wrapped, "fsdp2"), plain),
+    "fsdp2, low_gather": (partial(wrapped, "fsdp2", low_gather=True), plain),
+    "torch-compile": (compiled, plain),
+    "keras": (keras, plain),
+    "torchao, fp8 emulated": (partial(fp8, "torchao"), partial(fp8, "apply")),
+    "onnx, forward in fp32 and fp16": (partial(forward, "onnx"), partial(forward, "apply")),
 }
 
 
@@ -158,7 +286,8 @@ def main() -> None:
     torch.set_num_threads(2)
     figures: dict[str, Any] = {"step": "train, demo model, 8x128 tokens, BF16 with the head in FP32"}
     for name in options.targets:
-        figures[f"{name} / apply"] = ratio(SIDES[name](), plain(), options.pairs, options.steps)
+        other, base = SIDES[name]
+        figures[f"{name} / apply"] = ratio(other(), base(), options.pairs, options.steps)
         print(name, figures[f"{name} / apply"], flush=True)
     print(write_result("exports-steps", figures).read_text())
 
