@@ -71,6 +71,9 @@ def _device_lines(profile: DeviceProfile) -> list[str]:
         copy = profile.copy_gb_per_s
         figure = interval(copy.value, (copy.low, copy.high))
         lines.append(f"copy bandwidth: {figure} GB/s{origin_note(copy.origin)}")
+    if (launch := profile.launch_us) is not None:
+        figure = interval(launch.value, (launch.low, launch.high))
+        lines.append(f"a launch by its host: {figure} µs{origin_note(launch.origin)}")
     if profile.bandwidth_gb_per_s:
         lines.append(f"memory bandwidth: {number(profile.bandwidth_gb_per_s)} GB/s ({Origin.DATASHEET})")
     if (hardware := profile.hardware) is not None:
