@@ -14,6 +14,7 @@ from zoo import ZOO, Case
 
 from autoprec import Plan, applied, apply
 from autoprec.errors import PlanError
+from autoprec.runtime import integrity
 from autoprec.runtime.integrity import not_in_force
 
 
@@ -69,6 +70,20 @@ def test_a_patched_forward_is_named_and_a_wrapped_one_is_not(case: Case) -> None
     bare.forward = types.MethodType(lambda self, x: x @ self.weight.t(), bare)
     with pytest.raises(PlanError, match=r"module 'lm_head' got a forward of its own .*lambda.*Patch the model first"):
         other.run()
+
+
+def test_after_a_pause_it_is_checked_at_once_and_not_in_the_next_step(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check takes milliseconds, a third of a small step: what is timed beside a reference must not hold it."""
+    handle = apply(case.model, half(case))
+    with handle.suspended():
+        case.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(integrity, "_check", lambda root: pytest.fail("checked in a step"))
+        case.run()
+    with pytest.raises(PlanError, match=r"module 'lm_head' .* is a Linear without it now"), handle.suspended():
+        case.model.lm_head = nn.Linear(32, 96, bias=False)
 
 
 def test_copies_are_checked_again(case: Case) -> None:

@@ -15,7 +15,7 @@ from autoprec.errors import PlanError, UsageError
 from autoprec.plan import Plan
 from autoprec.runtime.checks import check_device, check_fits, check_forwards, check_leaves, check_trained
 from autoprec.runtime.identity import canonical_modules
-from autoprec.runtime.integrity import note
+from autoprec.runtime.integrity import check_once, note
 from autoprec.runtime.layout import Swap, swaps_of
 from autoprec.runtime.scope import Scope, enter_scope, leave_scope
 from autoprec.runtime.sharding import ddp_around, flattened, sharding_conflict
@@ -121,12 +121,17 @@ class Applied:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run a block with the plan taken off, as when measuring a reference in between."""
+        """Run a block with the plan taken off, as when measuring a reference in between.
+
+        Raises:
+            PlanError: the block changed the model so that the plan is not in force on it any more.
+        """
         self._detach()
         try:
             yield
         finally:
             self._attach()
+        check_once(self._modules[""])  # now, and not in the next step, which may be timed
 
     def _attach(self) -> None:
         try:
