@@ -41,13 +41,13 @@ def smollm2() -> Workload:
     return workload_from(str(cache / "smollm2"), data=text, mode="infer")
 
 
-def minilm() -> Workload:
-    """MiniLM with a head of one logit on 128 mails that the head was not fitted on: 8 batches of 16."""
+def minilm(mails: int = 128) -> Workload:
+    """MiniLM with a head of one logit on mails that the head was not fitted on: batches of 16."""
     from transformers import AutoTokenizer
 
     cache = default_cache()
     tokenizer = AutoTokenizer.from_pretrained(cache / "minilm")
-    lines = (cache / "spam-head" / "spam.jsonl").read_text().splitlines()[1200:1328]
+    lines = (cache / "spam-head" / "spam.jsonl").read_text().splitlines()[1200 : 1200 + mails]
     texts = [json.loads(line)["text"][:800] for line in lines]
     batches = []
     for start in range(0, len(texts), 16):
@@ -55,6 +55,20 @@ def minilm() -> Workload:
         batches.append({"input_ids": rows.input_ids, "attention_mask": rows.attention_mask})
     model = load_classifier(cache)
     return Workload(model, batches, mode="infer", outputs="logits", task="classification", model_id="minilm-spam")
+
+
+def minilm_training() -> Workload:
+    """The same model on 16 batches, with labels to train towards: binary cross entropy of a spam's logit."""
+    found, lines = minilm(256), (default_cache() / "spam-head" / "spam.jsonl").read_text().splitlines()[1200:1456]
+    labels = torch.tensor([float(json.loads(line)["label"]) for line in lines]).split(16)
+    batches = [{**batch, "labels": own} for batch, own in zip(map(dict, found.batches), labels, strict=True)]
+
+    def loss(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], batch["labels"])
+
+    return Workload(
+        found.model, batches, mode="train", loss=loss, outputs="logits", task=found.task, model_id="minilm-spam"
+    )
 
 
 def vit() -> Workload:
