@@ -204,3 +204,19 @@ def test_a_pace_of_same_is_not_faster() -> None:
     even = dataclasses.replace(made("trial 1", 0.001, 1.05), pace="same")
     assert choose([FP32, even], BASELINES, PERCENT) is None
     assert choose([FP32, dataclasses.replace(even, pace="faster")], BASELINES, PERCENT) == 1
+
+
+@pytest.mark.parametrize(
+    ("drop", "speedup", "picked"),
+    [(0.00195, 1.51, "uniform bf16"), (0.0012, 1.51, "trial 2"), (0.00195, 1.6, "trial 2")],
+    ids=["ahead by noise", "gentler", "faster"],
+)
+def test_a_plan_that_is_ahead_of_a_uniform_one_by_noise_alone_is_not_worth_a_file(
+    drop: float, speedup: float, picked: str
+) -> None:
+    uniform = dataclasses.replace(made("uniform bf16", 0.002, 1.5), drop_ci95=(0.0019, 0.0021))
+    trial = dataclasses.replace(made("trial 2", drop, speedup), drop_ci95=(0.95 * drop, 1.05 * drop))
+    outcome = outcome_of([FP32, uniform, trial], BASELINES, PERCENT, 60.0)
+    assert outcome.best is not None and outcome.best.name == picked
+    assert (outcome.verdict.decision is VerdictDecision.USE_UNIFORM) is (picked == "uniform bf16")
+    assert [m.name for m in outcome.front] == ["uniform fp32", picked]

@@ -18,7 +18,7 @@ from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import RECOMMENDED, Course
 from autoprec.study.explain import explain
 from autoprec.study.finalists import trained_worse
-from autoprec.study.front import pareto_front
+from autoprec.study.front import measured_front
 from autoprec.study.larger import largest_batches
 from autoprec.study.lessons import learn
 from autoprec.study.measuring import measure
@@ -38,7 +38,7 @@ def _confirm(course: Course) -> None:
         course.unconfirmed = "not confirmed on unseen batches: no number of them shows a drop of nothing at all"
         return
     rows = course.measured()
-    front = pareto_front(on_one_clock(rows))
+    front = measured_front(on_one_clock(rows), course.plans.names)
     course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far", course.confirm_seconds)
     setting = Confirming(
         unseen=course.unseen,

@@ -7,7 +7,7 @@ this drop is faster than that, as predicted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from autoprec.errors import StudyError
 from autoprec.formats import Format
+from autoprec.probe.pacing import SAME
 from autoprec.records import Measurement
 from autoprec.study.chain import Border, Chain, ChainUnit, Choice, Hull, unbeaten
 
@@ -23,6 +24,7 @@ __all__ = [
     "Choice",
     "PredictedFront",
     "feasible",
+    "measured_front",
     "pareto_front",
     "pareto_indices",
     "predicted_front",
@@ -60,6 +62,35 @@ def pareto_front(measurements: Sequence[Measurement]) -> list[Measurement]:
     usable = [m for m in measurements if feasible(m)]
     points = [(m.drop, m.step_ms) for m in usable if m.drop is not None and m.step_ms is not None]
     return [usable[i] for i in pareto_indices(points)]
+
+
+def measured_front(measurements: Sequence[Measurement], baselines: Collection[str]) -> list[Measurement]:
+    """Return `pareto_front`, with a baseline in place of a plan that alone beats it, and by no more than noise.
+
+    A plan file to follow should bring something: a search of some trials nearly always finds one that is 2 % ahead.
+
+    Args:
+        baselines: names of those of the measurements that are baselines.
+    """
+    front = pareto_front(measurements)
+    for plain in (m for m in measurements if m.name in baselines and m not in front and feasible(m)):
+        better = [i for i, m in enumerate(front) if _no_worse(m, plain)]
+        if len(better) == 1 and front[better[0]].name not in baselines and _alike(front[better[0]], plain):
+            front[better[0]] = plain
+    return front
+
+
+def _no_worse(one: Measurement, other: Measurement) -> bool:
+    assert one.drop is not None and one.step_ms is not None and other.drop is not None and other.step_ms is not None
+    return one.drop <= other.drop and one.step_ms <= other.step_ms
+
+
+def _alike(plan: Measurement, plain: Measurement) -> bool:
+    """Say whether times count as the same and intervals of drops meet; without an interval a drop is exact."""
+    assert plan.drop is not None and plan.step_ms is not None and plain.drop is not None and plain.step_ms is not None
+    high = plan.drop_ci95[1] if plan.drop_ci95 else plan.drop
+    low = plain.drop_ci95[0] if plain.drop_ci95 else plain.drop
+    return plain.step_ms <= SAME * plan.step_ms and low <= high
 
 
 @dataclass(frozen=True, slots=True, eq=False)

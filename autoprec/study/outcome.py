@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from autoprec.plan import Evidence
 from autoprec.quantities import DropLimit
 from autoprec.records import Confirmed, DeviceProfile, Figure, Measurement, Origin, Verdict
-from autoprec.study.front import pareto_front
+from autoprec.study.front import measured_front
 from autoprec.study.verdict import best_uniform, choose, decide
 
 __all__ = ["Outcome", "evidence", "on_one_clock", "outcome_of"]
@@ -54,7 +54,7 @@ def outcome_of(
     uniform = best_uniform([m for m in measured if m.name in baselines], limit)
     compared = [_over_uniform(m, uniform) for m in measured]
     bases = tuple(m for m in compared if m.name in baselines)
-    front = tuple(pareto_front(compared))
+    front = tuple(measured_front(compared, baselines))
     failed = {one.name for one in confirmed if one.answer != "within"}
     accepted = next((one for one in confirmed if one.answer == "within"), None)
     tried_all = bool(confirmed) and accepted is None and unconfirmed is None

@@ -31,7 +31,7 @@ from autoprec.records import (
     SpeedProfile,
 )
 from autoprec.report.run import Run, RunRow
-from autoprec.study.front import pareto_front
+from autoprec.study.front import measured_front
 from autoprec.study.ledger import known_of
 from autoprec.study.outcome import on_one_clock
 from autoprec.study.quiet import quiet_optuna
@@ -63,7 +63,7 @@ def read_run(path: Path) -> Run:
         result = None  # of before the search was resumed
     setting = result.setting if result and result.setting else setting
     known = [row.measurement for row in rows]
-    front = result.front if result else tuple(pareto_front(known))
+    front = result.front if result else tuple(measured_front(known, _baselines(rows)))
     return Run(
         name=path.resolve().name,
         rows=tuple(rows),
@@ -84,7 +84,11 @@ def read_run(path: Path) -> Run:
 def _fastest(front: Sequence[Measurement], rows: Sequence[RunRow], setting: SearchSetting | None) -> int | None:
     if setting is None:
         return None
-    return choose(front, {r.measurement.name for r in rows if r.trial is None}, DropLimit.parse(setting.max_drop))
+    return choose(front, _baselines(rows), DropLimit.parse(setting.max_drop))
+
+
+def _baselines(rows: Sequence[RunRow]) -> set[str]:
+    return {row.measurement.name for row in rows if row.trial is None}
 
 
 def _study(
