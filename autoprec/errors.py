@@ -16,6 +16,7 @@ AutoprecError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -92,6 +93,11 @@ def closest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Return '; closest: a, b' for the most similar candidates, or '' when none is near."""
     near = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
     return f"; closest: {', '.join(near)}" if near else ""
+
+
+def without_password(text: str) -> str:
+    """Return a text in which URLs show no passwords, as it may be shown and sent to others."""
+    return re.sub(r"(//[^/:@\s]*):[^@/\s]*@", r"\1:***@", text)
 
 
 def first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from autoprec.probe.turns import Turns
 from autoprec.quantities import DropLimit
 from autoprec.records import Progress, SearchSetting
 from autoprec.study.folder import RunFolder
-from autoprec.study.ledger import open_ledger
+from autoprec.study.opening import open_ledger
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shlex
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from autoprec.cli.common import (
     workload_options,
 )
 from autoprec.cli.running import device_here, model_of_run, new_run, newest_run, read_settings
-from autoprec.errors import Interrupted, UsageError, closest
+from autoprec.errors import Interrupted, UsageError, closest, without_password
 from autoprec.quantities import DropLimit, duration_seconds
 from autoprec.records import SearchResult
 
@@ -71,8 +70,13 @@ _WORKLOAD = (
     show_default=True,
     help="What may be chosen: default, blocks, roles, modules, or a TOML file.",
 )
-@click.option("--storage", metavar="URL", show_default="a journal in the run folder", help="Optuna storage.")
-@click.option("--resume", is_flag=True, help="Go on with --out, or with the model's newest run here.")
+@click.option(
+    "--storage",
+    metavar="URL",
+    show_default="a journal in the run folder",
+    help="Optuna storage, as postgresql://user@host/base; machines may share it.",
+)
+@click.option("--resume", is_flag=True, help="Go on with --out, or the model's newest run here; join in --storage.")
 @click.option(
     "--workers",
     metavar="N",
@@ -138,7 +142,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
                 force=options["force"],
                 progress=news,
                 spent_seconds=time.monotonic() - started,
-                command=_line(ctx, options | {"storage": _without_password(options["storage"])}),
+                command=_line(ctx, options | {"storage": options["storage"] and without_password(options["storage"])}),
                 workers=workers,
             )
     except Interrupted as stop:
@@ -235,11 +239,6 @@ def _show(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     files["run folder"] = folder
     paths = {name: str(path) for name, path in files.items() if path.exists()}
     print_paths(console, paths | ({f"on {result.device}, to confirm": result.confirm} if result.confirm else {}))
-
-
-def _without_password(storage: str | None) -> str | None:
-    """Return a storage's URL as it may stand in a report, which is sent to others."""
-    return storage and re.sub(r"(//[^/:@]*):[^@/]*@", r"\1:***@", storage)
 
 
 def _line(ctx: click.Context, options: dict[str, Any], *more: str) -> str:

@@ -66,6 +66,7 @@ def _noted(course: Course, plans: Iterator[Measurement]) -> Iterator[Measurement
 def _finish(course: Course, teach: bool = False) -> SearchResult:
     """Write result.json and, where there is something to do, plan.json; return the result."""
     ledger = course.ledger
+    ledger.reload()  # with what other machines did beside this one
     assert ledger.reference is not None
     seconds = ledger.before["seconds"] + course.budget.elapsed
     bound, before = course.bound(), ledger.reference.step_ms
@@ -189,6 +190,13 @@ def carry_out(
         teach: what was found goes into the user's own table, for the recommender.
     """
     course.ledger = course.open(storage, resume, force)
+    try:
+        return _carry_out(course, trials, teach)
+    finally:
+        course.ledger.close()
+
+
+def _carry_out(course: Course, trials: int | None, teach: bool) -> SearchResult:
     try:
         course.probe()
         course.measure_baselines()

@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import Trial
 
-from autoprec.errors import MeasurementError
+from autoprec.errors import MeasurementError, StudyError
 from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.measurement import Request
@@ -41,8 +41,9 @@ from autoprec.study.budget import Budget
 from autoprec.study.crew import Crew
 from autoprec.study.folder import RunFolder
 from autoprec.study.knowledge import drop_priors, forecast_priors, sensitivity_of, speed_of, time_priors
-from autoprec.study.ledger import Ledger, open_ledger
+from autoprec.study.ledger import Ledger
 from autoprec.study.measuring import Outcome, outcome_of
+from autoprec.study.opening import open_ledger
 from autoprec.study.protocol import Hopeless
 from autoprec.study.sampler import FrontSampler
 from autoprec.study.space import SearchSpace, describe
@@ -122,6 +123,7 @@ class Course:
     #: measurements in a row that could not be carried out at all
     faults: int = 0
     sampler: FrontSampler | None = None
+    _waited_for: str = ""
     #: what is known, from the moment the study is open
     ledger: Ledger = field(init=False)
 
@@ -129,10 +131,11 @@ class Course:
         """Open or begin the study, and write what is known of device and units."""
         self.folder.patience.tell = lambda text: self.news("storage", text)
         profile, mode = self.space.profile, self.workload.mode
+        kind = "" if storage is None else self._kind(force)
         ledger = open_ledger(
             self.folder,
             storage,
-            name=f"autoprec-{profile.fingerprint[:12]}-{mode}",
+            name=f"autoprec-{profile.fingerprint[:12]}-{mode}{kind}",
             identity={
                 "model": profile.fingerprint,
                 "mode": str(mode),
@@ -147,9 +150,30 @@ class Course:
             resume=resume,
             force=force,
         )
+        if storage is not None and ledger.rows:
+            trials = sum(row.trial is not None for row in ledger.rows)
+            self.news("storage", f"study {ledger.study.study_name} has {trials} trials already")
         self.folder.write("device.json", as_json(self.device))
         self.folder.write("units.json", as_json(profile))
         return ledger
+
+    def _kind(self, force: bool) -> str:
+        """Return what tells the studies of devices apart that share a storage: neither times nor drops are mixed.
+
+        Raises:
+            StudyError: the run folder holds figures of another device, and is not to be begun anew.
+        """
+        here = self.device.name, str(self.device.versions.get("torch"))
+        before = self.folder.measured_on()
+        if before not in (None, here):
+            if not force:
+                raise StudyError(
+                    f"run folder {self.folder.path} holds a search on {' with torch '.join(before or here)}, and this "
+                    f"is {' with torch '.join(here)}: a storage keeps them apart. Choose another folder with --out, or "
+                    "begin anew in this one with --resume --force."
+                )
+            self.folder.set_aside()
+        return f"-{self.device.name}-torch-{torch.__version__}"
 
     def probe(self) -> None:
         """Learn each unit's sensitivity and time; where one cannot be had, the search goes on without."""
@@ -184,7 +208,19 @@ class Course:
     # measuring
 
     def measure_baselines(self) -> None:
-        """Measure the baselines that are not known yet, and make them known to the sampler."""
+        """Measure the baselines that are not known yet, and make them known to the sampler; of machines, one does."""
+        with self.ledger.turn(self._wait):
+            self._measure_baselines()
+
+    def _wait(self, by: str) -> None:
+        """Wait for the baselines that another machine measures."""
+        if not self.budget.has_time():
+            raise StudyError(f"the budget ended while {by} measured the baselines. Go on with --resume and more of it.")
+        if by != self._waited_for:
+            self.news("baselines", f"waiting for {by}, which measures the baselines for all")
+        self._waited_for = by
+
+    def _measure_baselines(self) -> None:
         known = {row.measurement.name for row in self.ledger.rows}
         wanted = list(self.plans.baselines)
         if self.plans.recommended and self.space.of_plan(self.plans.recommended) is None:
@@ -261,12 +297,14 @@ class Course:
 
     def _search(self, trials: int | None, crew: Crew[_Key, Outcome]) -> None:
         """Keep every worker at a trial; the study is read and written here alone."""
-        done = sum(row.trial is not None for row in self.ledger.rows)
-        seen, going, stale, idle, over = self._seen(), dict[_Key, Trial](), 0, 0, False
+        going, stale, idle, over = dict[_Key, Trial](), 0, 0, False
         while True:
-            wanted = trials is None or done + len(going) < trials
+            self.ledger.refresh()
+            seen, away = self._seen(), self._elsewhere()
+            done = sum(row.trial is not None for row in self.ledger.rows)
+            wanted = trials is None or done + len(going) + len(away) < trials
             if crew.free and wanted and not over and self.budget.has_time(self.confirm_seconds):
-                if stale >= _STALE or len(seen) + len(going) >= self.space.size:
+                if stale >= _STALE or len({*seen, *going, *away}) >= self.space.size:
                     self.news("search", f"the space of {self.space.size} assignments is seen")
                     over = True
                     continue
@@ -274,21 +312,26 @@ class Course:
                 idle = self._idle(idle)
                 assignment = self.space.assignment(trial.params)
                 key = _key(assignment)
-                if key in seen or key in going:
+                # of two machines that ask at once, the later one sees by now what both are to measure
+                self.ledger.refresh()
+                seen = self._seen()
+                if key in seen or key in going or self._elsewhere().get(key, trial.number) < trial.number:
                     stale += 1
                     self.ledger.repeat(trial, seen.get(key) or _twice(assignment))
                     continue
                 stale, going[key] = 0, trial
+                self.ledger.begin(trial, assignment)
                 name = trial.user_attrs.get("name", f"trial {trial.number}")
                 request = self._request(self.plan(assignment), name, race=True)
                 crew.begin(partial(outcome_of, request, budget=self.budget), key)
             elif going:
                 key, outcome = crew.next()
                 trial = going.pop(key)
-                found = seen[key] = self._noted(outcome)
+                found = self._noted(outcome)
                 self.ledger.add_trial(trial, found)
-                done += 1
-                left = self.budget.left if trials is None else (trials - done) * self.budget.each_seconds / crew.size
+                left = self.budget.left
+                if trials is not None:
+                    left = max(0, trials - done - 1) * self.budget.each_seconds / crew.size
                 self.news("search", found.name, left, trial=trial.number, measurement=found)
                 over = over or self._is_over(found, trials, idle)
             else:
@@ -354,8 +397,16 @@ class Course:
         return {
             _key(row.measurement.assignment): row.measurement
             for row in self.ledger.rows
-            if row.trial is not None or row.measurement.name in inside
+            if (row.trial is not None and not row.gone) or row.measurement.name in inside
         }
+
+    def _elsewhere(self) -> dict[_Key, int]:
+        """Return the assignments that other machines are at, each with the first trial of it."""
+        found = dict[_Key, int]()
+        for number, choices in self.ledger.elsewhere().items():
+            if choices.keys() == {d.name for d in self.space.decisions}:  # else its choices are being made
+                found.setdefault(_key(self.space.assignment(choices)), number)
+        return found
 
     def _request(self, plan: Plan, name: str, *, race: bool = False) -> Request:
         reference = self.ledger.reference

@@ -13,18 +13,19 @@ import errno
 import fcntl
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from autoprec.errors import StudyError
-from autoprec.files import write_atomic, write_json
+from autoprec.files import read_json, write_atomic, write_json
 from autoprec.records import Measurement
+from autoprec.study.machines import MEASURING
 from autoprec.study.patience import Patience, PatientJournal
 
 __all__ = ["Row", "RunFolder", "fail_dead_trials", "trials_csv"]
@@ -36,6 +37,8 @@ class Row(NamedTuple):
     trial: int | None
     state: str
     measurement: Measurement
+    #: its search went while it was at it, so it tells nothing of the plan
+    gone: bool = False
 
 
 #: what a search writes before its first measurement, and after it
@@ -126,6 +129,13 @@ class RunFolder:
         self.patience(write_json, path, data)
         return path
 
+    def measured_on(self) -> tuple[str, str] | None:
+        """Return the device and the version of torch that figures here are of; None where there are none."""
+        if not (self.path / "device.json").exists():
+            return None
+        known = read_json(self.path / "device.json", what="run file", error=StudyError)
+        return str(known.get("name")), str(known.get("versions", {}).get("torch"))
+
     def set_aside(self) -> None:
         """Keep what was measured here before under other names, so that all of it is measured again."""
         for name in ("study.journal", "sensitivity.json", "speed.json"):
@@ -164,23 +174,30 @@ def _mend(journal: Path) -> None:
             file.truncate(whole)
 
 
-def fail_dead_trials(study: optuna.Study) -> None:
-    """Mark trials that a dead process left running as failed, and ask once more for what they were to measure."""
+def fail_dead_trials(study: optuna.Study, whose: Callable[[FrozenTrial], bool] | None = None) -> None:
+    """Mark trials that a dead process left running as failed, and ask once more for what they were to measure.
+
+    Args:
+        whose: says whether a trial is of that process, where others may be at the study; None: they all are.
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if whose is not None and not whose(trial):
+            continue
         study.tell(trial.number, state=TrialState.FAIL)
         # only once: what kills the process (a lack of memory) must not do so at every resume
         if trial.params and not {"measurement", "again"} & set(trial.user_attrs):
-            study.enqueue_trial(trial.params, user_attrs={**trial.user_attrs, "again": True})
+            kept = {k: v for k, v in trial.user_attrs.items() if k != MEASURING}
+            study.enqueue_trial(trial.params, user_attrs={**kept, "again": True})
 
 
 def trials_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write `trials.csv`: one row a measurement; baselines have no trial number, and their name as the reason."""
-    units = list(dict.fromkeys(name for _, _, m in rows for name in m.assignment))
+    units = list(dict.fromkeys(name for row in rows for name in row.measurement.assignment))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ("trial", "state", "drop", "step_ms", "peak_bytes", "grad_error", "origin", "reason")
     writer.writerow([*head, *units])
-    for number, state, m in rows:
+    for number, state, m, _ in rows:
         reason = m.reason if number is not None else "; ".join(filter(None, (f"baseline {m.name}", m.reason)))
         figures = (m.drop, m.step_ms, m.peak_bytes, m.grad_error, m.origin.drop, reason)
         formats = [str(m.assignment.get(unit, "")) for unit in units]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Container, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution
-from optuna.exceptions import DuplicatedStudyError, StorageInternalError
-from optuna.storages import BaseStorage, get_storage
-from optuna.trial import Trial, TrialState
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from autoprec.errors import StudyError, first_line
@@ -20,27 +20,55 @@ from autoprec.files import as_json, from_json
 from autoprec.formats import Format
 from autoprec.quantities import DropLimit
 from autoprec.records import Measurement, SearchSetting
-from autoprec.study.folder import Row, RunFolder, fail_dead_trials, trials_csv
-from autoprec.study.patience import Patience, patient_storage
+from autoprec.study.folder import Row, fail_dead_trials, trials_csv
+from autoprec.study.machines import MEASURING, Machines
+from autoprec.study.patience import Patience
 from autoprec.study.sampler import Believed, FrontSampler
 
-__all__ = ["Ledger", "known_of", "open_ledger"]
+__all__ = ["Ledger", "known_of"]
 
-_BASELINE = "baseline "
+_BASELINE, _SPENT = "baseline ", "spent"
 
 
 class Ledger:
     """The rows of a search, each written to its study and to `trials.csv` as it comes.
 
     A fault of the storage is a StudyError that names the place.
+
+    Args:
+        machines: this search among others on the study; None where it is alone.
     """
 
-    def __init__(self, study: optuna.Study, limit: DropLimit, table: Path, patience: Patience) -> None:
+    def __init__(
+        self, study: optuna.Study, limit: DropLimit, table: Path, patience: Patience, machines: Machines | None = None
+    ) -> None:
         self.study, self.limit, self._table, self._patience = study, limit, table, patience
-        self.reference, _, self.rows = known_of(study)
-        known = study.user_attrs
-        #: seconds and evaluations of the runs before this one
-        self.before: Mapping[str, float] = known.get("spent", {"seconds": 0.0, "evaluations": 0})
+        self._machines = machines
+        # each of several searches at a time counts by itself
+        self._spent = f"{_SPENT} {secrets.token_hex(8)}" if machines else _SPENT
+        self._read()
+
+    def reload(self) -> None:
+        """Take over what the study holds, where other machines write to it too."""
+        if self._machines:
+            self._read()
+
+    def _read(self) -> None:
+        with self._writing():
+            self.reference, _, self.rows = known_of(self.study)
+            known = self.study.user_attrs
+        sums = [
+            v for k, v in known.items() if k.partition(" ")[0] == _SPENT and not (self._machines and k == self._spent)
+        ]
+        #: seconds and evaluations of the runs before this one, and of those beside it
+        self.before: Mapping[str, float] = {
+            key: sum(one[key] for one in sums) if sums else 0 for key in ("seconds", "evaluations")
+        }
+
+    def close(self) -> None:
+        """Be no longer one of the study's machines."""
+        if self._machines:
+            self._machines.close()
 
     @property
     def weights_digest(self) -> str:
@@ -75,25 +103,57 @@ class Ledger:
 
     def add_trial(self, trial: Trial, found: Measurement) -> None:
         """Note what a trial measured, and tell Optuna."""
-        with self._writing():
-            trial.set_user_attr("measurement", as_json(found))
+        try:
+            with self._writing():
+                trial.set_user_attr("measurement", as_json(found))
+        except UpdateFinishedTrialError:  # this machine slept, and was taken for dead
+            self._add_anew(trial, found)
+            return
         self.repeat(trial, found)
         self._add(Row(trial.number, _state(found), found))
 
+    def _add_anew(self, trial: Trial, found: Measurement) -> None:
+        """Keep what was measured for a trial that others have given up, as another one."""
+        values = None if found.drop is None or found.step_ms is None else [found.drop, found.step_ms]
+        kept = optuna.trial.create_trial(
+            state=TrialState.COMPLETE if values else TrialState.FAIL,
+            params=trial.params,
+            distributions=trial.distributions,
+            values=values,
+            user_attrs={"measurement": as_json(found)},
+            constraints=self._limits(found),
+        )
+        with self._writing():
+            self.study.add_trial(kept)
+        self._let_go(trial)
+        self.refresh()
+
     def repeat(self, trial: Trial, found: Measurement, limits_told: Container[str] = ()) -> None:
         """Tell Optuna a trial's objectives, and by how far each limit is kept (at most 0) or missed, unless told."""
-        with self._writing():
+        # finished by now: another machine has told what this one measured, or an answer of the storage was lost
+        with self._writing(), contextlib.suppress(UpdateFinishedTrialError):
             if found.drop is None or found.step_ms is None:
-                self.study.tell(trial, state=TrialState.FAIL)
-                return
-            over = (found.drop_percent or 0.0) if self.limit.percent else found.drop
-            limits = {"drop": over - self.limit.value}
-            if found.grad_error is not None and found.grad_error_limit is not None:
-                limits["grad_error"] = found.grad_error - found.grad_error_limit
-            for name, missed_by in limits.items():
-                if name not in limits_told:
-                    trial.set_constraint(name, missed_by)
-            self.study.tell(trial, [found.drop, found.step_ms])
+                self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            else:
+                for name, missed_by in self._limits(found).items():
+                    if name not in limits_told:
+                        trial.set_constraint(name, missed_by)
+                self.study.tell(trial, [found.drop, found.step_ms], skip_if_finished=True)
+        self._let_go(trial)
+
+    def _limits(self, found: Measurement) -> dict[str, float]:
+        """Return by how far each limit is kept (at most 0) or missed."""
+        if found.drop is None:
+            return {}
+        over = (found.drop_percent or 0.0) if self.limit.percent else found.drop
+        limits = {"drop": over - self.limit.value}
+        if found.grad_error is not None and found.grad_error_limit is not None:
+            limits["grad_error"] = found.grad_error - found.grad_error_limit
+        return limits
+
+    def _let_go(self, trial: Trial) -> None:
+        if self._machines:
+            self._machines.let_go(trial)
 
     def tell_known(
         self, choices: Mapping[str, str], distributions: Mapping[str, CategoricalDistribution], found: Measurement
@@ -117,7 +177,55 @@ class Ledger:
     def ask(self, distributions: Mapping[str, CategoricalDistribution]) -> Trial:
         """Return a new trial with its choices made."""
         with self._writing():
-            return self.study.ask(dict(distributions))
+            if self._machines is None:
+                return self.study.ask(dict(distributions))
+            trial = self._machines.ask()
+            for name, distribution in distributions.items():
+                trial.suggest_categorical(name, distribution.choices)
+            return trial
+
+    def begin(self, trial: Trial, assignment: Mapping[str, Format]) -> None:
+        """Say in the study who measures what, where others want to know."""
+        if self._machines:
+            with self._writing():
+                self._machines.claim(trial, assignment={unit: str(choice) for unit, choice in assignment.items()})
+
+    def elsewhere(self) -> dict[int, Mapping[str, str]]:
+        """Return the choices that other machines are at, by number of the trial."""
+        if self._machines is None:
+            return {}
+        with self._writing():
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return {t.number: t.params for t in running if t.params and not self._machines.holds(t)}
+
+    def refresh(self) -> None:
+        """Take in the trials that other machines have measured since, and see to those of machines that went."""
+        if self._machines is None:
+            return
+        with self._writing():
+            self.tell_rest()
+            self._machines.clear()
+            known = {row.trial for row in self.rows}
+            new = [row for row in _trials(self.study) if row.trial not in known]
+        if new:
+            self.rows = sorted([*self.rows, *new], key=lambda row: -1 if row.trial is None else row.trial)
+            self._patience(trials_csv, self._table, self.rows)
+
+    @contextlib.contextmanager
+    def turn(self, wait: Callable[[str], None]) -> Iterator[None]:
+        """Do what one machine does for all, with what those before it did; at once where this search is alone.
+
+        Args:
+            wait: called about once a second with who is at it; may raise.
+        """
+        if self._machines is None:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            with self._writing():
+                stack.enter_context(self._machines.turn(wait))
+            self.reload()
+            yield
 
     def sample_with(self, sampler: FrontSampler) -> FrontSampler:
         """Have trials proposed by a sampler from here on; return it."""
@@ -134,14 +242,16 @@ class Ledger:
 
     def spend(self, seconds: float, evaluations: int) -> None:
         """Keep what this run has taken so far, for the sums of a run that resumes it."""
-        total = {"seconds": self.before["seconds"] + seconds, "evaluations": self.before["evaluations"] + evaluations}
+        total = {"seconds": seconds, "evaluations": evaluations}
+        if self._machines is None:
+            total = {key: value + self.before[key] for key, value in total.items()}
         with self._writing():
-            self.study.set_user_attr("spent", total)
+            self.study.set_user_attr(self._spent, total)
 
     def stop(self) -> None:
-        """Mark what was under way as failed."""
+        """Mark what this search had under way as failed."""
         with self._writing():
-            fail_dead_trials(self.study)
+            fail_dead_trials(self.study, self._machines.holds if self._machines else None)
 
     def told(self) -> set[str]:
         """Return the names of the baselines that the study has as trials."""
@@ -182,61 +292,6 @@ class Ledger:
             ) from error
 
 
-def open_ledger(
-    folder: RunFolder,
-    storage: str | BaseStorage | None,
-    *,
-    name: str,
-    identity: Mapping[str, Any],
-    setting: SearchSetting,
-    limit: DropLimit,
-    resume: bool,
-    force: bool = False,
-) -> Ledger:
-    """Open or begin the study of a search, and take over what it measured before.
-
-    Args:
-        folder: has the study's journal where there is no other `storage`.
-        name: of the study in its storage.
-        identity: what must be equal for figures to compare.
-        setting: how the search was asked for; of a resumed one the last time.
-        force: where it is not, begin anew and measure again what was measured; the study before is kept.
-
-    Raises:
-        StudyError: the storage cannot be opened, or holds a search of something else, or this one without `resume`.
-    """
-    place = f"journal {folder.journal}" if storage is None else f"storage {storage}"
-    try:
-        study = _study(folder, storage, name, resume)
-        known, again = study.user_attrs.get("identity"), list[dict[str, str]]()
-        if known is not None and known != identity:
-            if not force:
-                raise StudyError(
-                    f"the search in {place} was made with another {_differences(known, identity)}; its figures do not "
-                    "compare. Use the same again, measure all of it again with --resume --force, or choose another "
-                    "folder with --out."
-                )
-            again = [t.params for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-            again = again if known.get("space") == identity["space"] else []
-            folder.set_aside()
-            study = _study(folder, storage, name, resume, anew=True)
-        if study.user_attrs.get("identity") is None:
-            study.set_user_attr("identity", dict(identity))
-        study.set_user_attr("setting", as_json(setting))
-        ledger = Ledger(study, limit, folder.path / "trials.csv", folder.patience)
-        ledger.tell_rest()
-        fail_dead_trials(study)
-        ledger.measure_again(again)
-    except DuplicatedStudyError:
-        raise StudyError(f"{place} holds a search of this model already. Go on with it by --resume.") from None
-    except (OSError, ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
-        raise StudyError(
-            f"{place} cannot be opened: {first_line(error)}. Give a URL such as sqlite:///study.db, or leave "
-            "--storage out for a journal in the run folder."
-        ) from error
-    return ledger
-
-
 def known_of(study: optuna.Study) -> tuple[Measurement | None, SearchSetting | None, list[Row]]:
     """Return what a study holds: the reference, how it was asked for (None in old studies), and all that was measured.
 
@@ -250,54 +305,31 @@ def known_of(study: optuna.Study) -> tuple[Measurement | None, SearchSetting | N
     return reference, setting, list(_earlier(study))
 
 
-def _study(
-    folder: RunFolder, storage: str | BaseStorage | None, name: str, resume: bool, anew: bool = False
-) -> optuna.Study:
-    """Return the newest study of this search, or a new one."""
-    if storage is None:
-        opened = folder.open_storage()
-    else:
-        opened = get_storage(storage)
-        if isinstance(storage, str):  # ours alone
-            opened = patient_storage(opened, folder.patience)
-    held = [study.study_name for study in opened.get_all_studies()]
-    if storage is None:
-        # a journal of a run folder has one study; if it is of another model, its identity will say so
-        name = held[0] if held else name
-    else:  # those that were begun anew have a number
-        number = 1 + anew
-        while _numbered(name, number + 1 - anew) in held:
-            number += 1
-        name = _numbered(name, number)
-    return optuna.create_study(
-        study_name=name, storage=opened, directions=["minimize", "minimize"], load_if_exists=resume
-    )
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}-{number}"
-
-
-def _differences(known: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    """Name what differs, with its values where those can be read."""
-    found = []
-    for key, now in identity.items():
-        before = known.get(key)
-        if before != now:
-            readable = key in ("torch", "device", "mode")
-            found.append(f"{key} ({before or 'unknown'} then, {now} now)" if readable else key)
-    return ", ".join(found)
-
-
 def _earlier(study: optuna.Study) -> Iterator[Row]:
     for key, value in sorted(study.user_attrs.items()):
         if key.startswith(_BASELINE):
             found = _measurement(value)
             yield Row(None, _state(found), found)
+    yield from _trials(study)
+
+
+def _trials(study: optuna.Study) -> Iterator[Row]:
     for trial in study.get_trials(deepcopy=False):
         if "measurement" in trial.user_attrs:
             found = _measurement(trial.user_attrs["measurement"])
             yield Row(trial.number, _state(found), found)
+        elif MEASURING in trial.user_attrs and trial.state is TrialState.FAIL:
+            yield Row(trial.number, trial.state.name, _unmeasured(trial), gone=True)
+
+
+def _unmeasured(trial: FrozenTrial) -> Measurement:
+    """Return what is known of a trial whose search went while it was at it."""
+    by, assignment = trial.user_attrs[MEASURING]["by"], trial.user_attrs[MEASURING]["assignment"]
+    return Measurement(
+        name=trial.user_attrs.get("name", f"trial {trial.number}"),
+        assignment={unit: Format(choice) for unit, choice in assignment.items()},
+        reason=f"given up: the search that was at it ({by}) ended, or gave no sign of life",
+    )
 
 
 def _state(found: Measurement) -> str:

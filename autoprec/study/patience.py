@@ -23,6 +23,8 @@ T = TypeVar("T")
 #: a server that restarts or a network that comes back does so within; a disk that somebody clears may well
 SECONDS = 120.0
 _PAUSE_SECONDS = 0.5
+#: what storages that keep heartbeats are asked beside
+_OF_HEARTBEATS = ("record_heartbeat", "_get_stale_trial_ids")
 
 
 class Patience:
@@ -111,8 +113,9 @@ class PatientJournal(JournalFileBackend):
 
 def patient_storage(storage: BaseStorage, patience: Patience) -> BaseStorage:
     """Have a storage's calls tried again; each is one transaction, which a database takes back as a whole."""
-    for name in BaseStorage.__abstractmethods__:
-        setattr(storage, name, _patiently(getattr(storage, name), patience))
+    for name in (*BaseStorage.__abstractmethods__, *_OF_HEARTBEATS):
+        if hasattr(storage, name):
+            setattr(storage, name, _patiently(getattr(storage, name), patience))
     return storage
 
 
