@@ -5,6 +5,7 @@ from __future__ import annotations
 from autoprec.formats import Format
 from autoprec.plan import Evidence, Plan
 from autoprec.records import (
+    ComparedPlan,
     DeviceProfile,
     Estimate,
     Figure,
@@ -18,10 +19,19 @@ from autoprec.records import (
     ModelProfile,
     Origin,
     Pinned,
+    PlanComparison,
     Removal,
     Role,
     SearchResult,
     Support,
+    Target,
+    TargetName,
+    TargetOutcome,
+    TrainedArm,
+    TrainedFigures,
+    TrainingConfirmation,
+    TrainingCurve,
+    TrainingVerdict,
     Unit,
     Verdict,
     VerdictDecision,
@@ -151,4 +161,84 @@ def search_result() -> SearchResult:
         removed=tuple(Removal(f"blocks.{i}.ffn", Format.FP8, "no FP8 matmul unit on this CPU") for i in range(BLOCKS)),
         folder="autoprec-runs/20250101-120000-tiny-llama",
         seed=0,
+    )
+
+
+def comparison(names: tuple[str, ...] = ("bf16", "fp16"), metric: str | None = "accuracy") -> PlanComparison:
+    """Return plans of 1.6 times FP32's speed, each next one a tenth slower, trained over three seeds."""
+
+    def figure(value: float, unit: str, origin: Origin = Origin.MEASURED) -> Figure:
+        return Figure(value=value, ci95=(value * 0.98, value * 1.02), unit=unit, origin=origin)
+
+    def row(name: str, place: int) -> ComparedPlan:
+        gain = 1.0 if name == "fp32" else 1.6 - 0.1 * place
+        drop = 0.0 if name == "fp32" else 0.00417 * place
+        itself = name == "fp32"
+        target = Target(name=TargetName.DROP, limit=0.5, unit="%", outcome=TargetOutcome.MET)
+        return ComparedPlan(
+            name=name,
+            source="the reference" if itself else f"{name}.json",
+            device="sample-cpu",
+            measurement=measurement(name, drop, 20 / gain, gain),
+            speedup=figure(gain, "x"),
+            step_ms=figure(20 / gain, "ms"),
+            peak_bytes=figure(123e6, "bytes", Origin.PREDICTED),
+            memory_saved=None if itself else figure(12.0, "%", Origin.PREDICTED),
+            drop=figure(25 * drop, "%", Origin.EMULATED if place > 1 else Origin.MEASURED),
+            task_metric=figure(91.0, "%"),
+            task_metric_change=None if itself else figure(-0.5, "%"),
+            low_share=figure(80.0, "%"),
+            targets=() if itself else (target,),
+            trained=TrainedFigures(
+                runs=3,
+                failed=0,
+                failed_share=figure(0.0, "%"),
+                loss=figure(2.5 + 0.01 * place, ""),
+                loss_change=None if itself else figure(0.01 * place, ""),
+                metric=figure(90.0, "%"),
+                metric_change=None if itself else figure(-0.2, "%"),
+                verdict=None if itself else TrainingVerdict.NOT_WORSE,
+                reason=None,
+            ),
+        )
+
+    every = ("fp32", *names)
+    curves = [
+        TrainingCurve(
+            name=name,
+            seed=seed,
+            losses=tuple(3.0 - 0.1 * step + 0.01 * seed for step in range(4)),
+            final_loss=2.5 + 0.01 * seed,
+            skipped_steps=0,
+        )
+        for name in every
+        for seed in range(3)
+    ]
+    arms = [
+        TrainedArm(name=name, gap=0.01, gap_ci95=(0.0, 0.02), verdict=TrainingVerdict.NOT_WORSE, reason="so said")
+        for name in names
+    ]
+    training = TrainingConfirmation(
+        steps=4,
+        seeds=3,
+        learning_rate=1e-4,
+        reference_loss=2.5,
+        seed_deviation=0.01,
+        margin=0.01,
+        arms=tuple(arms),
+        curves=tuple(curves),
+        metric=metric,
+    )
+    rows = [row(name, place) for place, name in enumerate(every)]
+    return PlanComparison(
+        model_id="org/tiny-llama",
+        device="sample-cpu",
+        mode=Mode.TRAIN,
+        batches=4,
+        metric=metric,
+        reference=rows[0],
+        plans=tuple(rows[1:]),
+        training=training,
+        command="autoprec compare bf16 fp16 org/tiny-llama",
+        versions={"torch": "2.13.0"},
     )

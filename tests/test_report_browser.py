@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 from searching import sample_device, short, workload
+from test_comparison_page import hostile_comparison
 from test_report_page import hostile_run
 
 from autoprec import search
 from autoprec.measurement import evaluate
+from autoprec.report.comparedpage import comparison_page
 from autoprec.report.html import run_page
 from autoprec.study import knowledge, measuring
 from autoprec.study.reading import read_run
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.nightly
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'autoprec[nightly]'")
 
+NAMES = ("here", "away", "unfinished", "hostile", "compared", "compared-hostile")
 #: seconds from opening to all charts drawn; the figure aimed at is 3, and nights are busy
 OPENS = 6.0
 
@@ -49,7 +53,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Reports of a search here, of one for a card that is not here, of one that has not ended, and of hostile names."""
+    """Reports of a search here, of one for a card that is not here, of one that has not ended, and of hostile names.
+
+    Comparisons too, one of them of hostile names.
+    """
     room = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autoprec.study.run.probe_device", sample_device)
@@ -60,6 +67,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pages = {name: (room / name / "report.html").read_text() for name in ("here", "away")}
     (room / "here" / "result.json").unlink()
     pages |= {"unfinished": run_page(read_run(room / "here")), "hostile": run_page(hostile_run())}
+    pages["compared"] = comparison_page(samples.comparison(("bf16", "fp16", "fp8", "cast-bf16")))
+    pages["compared-hostile"] = comparison_page(hostile_comparison())
     for name, text in pages.items():
         (room / f"{name}.html").write_text(text)
     return {name: room / f"{name}.html" for name in pages}
@@ -85,7 +94,7 @@ def opened(request: pytest.FixtureRequest, browser: Any, pages: dict[str, Path])
 
 @pytest.mark.parametrize(
     "opened",
-    [(n, w, s) for n in ("here", "away", "unfinished", "hostile") for w in (1440, 390) for s in ("light", "dark")],
+    [(n, w, s) for n in NAMES for w in (1440, 390) for s in ("light", "dark")],
     ids=str,
     indirect=True,
 )

@@ -8,11 +8,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from autoprec.errors import AutoprecError
 from autoprec.records import Mode, Task
@@ -31,6 +32,7 @@ __all__ = [
     "quiet",
     "result_console",
     "trust_option",
+    "typed_options",
     "workload_options",
 ]
 
@@ -123,6 +125,20 @@ def _console(file: Any) -> Console:
 def print_json(data: Any) -> None:
     """Print one JSON document; NaN and infinities are refused."""
     click.echo(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def typed_options(ctx: click.Context, options: Mapping[str, Any], but: Sequence[str] = ()) -> list[str]:
+    """Return the options of a command as they are typed: those that are not as they are unless given, without `but`."""
+    words = list[str]()
+    for parameter in ctx.command.params:
+        name, flag = parameter.name or "", parameter.opts[-1]
+        value = options.get(name)
+        if not isinstance(parameter, click.Option) or name in but or value is None or value is False:
+            continue
+        typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if typed or value != parameter.get_default(ctx):
+            words += [flag] if value is True else [flag, str(value)]
+    return words
 
 
 @contextlib.contextmanager

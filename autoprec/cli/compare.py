@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from autoprec.cli.common import (
     print_json,
     quiet,
     result_console,
+    typed_options,
     workload_options,
 )
 from autoprec.cli.running import build_workload, plan_path
@@ -61,9 +63,12 @@ class _Word:
     "--pairs", metavar="N", type=click.IntRange(min=6), default=20, show_default=True, help="Timed steps, at least."
 )
 @click.option("--recorded", is_flag=True, help="Figures of run folders as they are; nothing is run.")
+@click.option(
+    "--html", metavar="FILE", show_default="no page", help="Write a page too: one file, open it in a browser."
+)
 @json_option
 @click.pass_context
-def command(ctx: click.Context, /, plans: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def command(ctx: click.Context, /, plans: tuple[str, ...], as_json: bool, html: str | None, **given: Any) -> None:
     """Put plans side by side on your data.
 
     PLAN is a plan.json, a run folder, or a plan by name: fp32 tf32 bf16
@@ -80,18 +85,39 @@ def command(ctx: click.Context, /, plans: tuple[str, ...], as_json: bool, **give
     """
     words, model = _split(plans)
     _check(words, given)
+    page = None if html is None else _page(html)
     if given["recorded"]:
         if model is not None:
             raise UsageError(f"--recorded reads what runs measured and loads no model; leave out '{model}'")
         found = _read(words)
     else:
         found = _measure(_loaded(words), model, given)
+    typed = typed_options(ctx, given | {"html": html, "as_json": as_json})
+    found = replace(found, command=shlex.join(["autoprec", "compare", *plans, *typed]))
+    if page is not None:
+        from autoprec.report.comparedpage import write_comparison
+
+        write_comparison(page, found)
     if as_json:
         print_json(plain_data(found))
         return
     from autoprec.report.compared import print_comparison
+    from autoprec.report.terminal import print_paths
 
     print_comparison(result_console(), found)
+    if page is not None:
+        print_paths(result_console(), {"page": str(page)})
+
+
+def _page(given: str) -> Path:
+    """Return the page's file, which can be written: that is told before anything is measured."""
+    path = Path(given)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--html takes the page's file, such as compare.html, and got '{given}'")
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = "is a folder" if path.is_dir() else f"is to lie in {path.parent}, which is no folder"
+        raise UsageError(f"--html cannot write {path}: it {wrong}. Name another file.")
+    return path
 
 
 def _split(given: Sequence[str]) -> tuple[list[str], str | None]:

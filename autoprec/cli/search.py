@@ -20,6 +20,7 @@ from autoprec.cli.common import (
     print_json,
     quiet,
     result_console,
+    typed_options,
     workload_options,
 )
 from autoprec.cli.running import device_here, model_of_run, new_run, newest_run, read_settings
@@ -243,13 +244,5 @@ def _show(result: SearchResult, folder: Path, *, as_json: bool) -> None:
 
 def _line(ctx: click.Context, options: dict[str, Any], *more: str) -> str:
     """Return the command of this search with its model decided: what was typed, but --resume and --out, and `more`."""
-    words = ["autoprec", "search", options["model"]]
-    for parameter in ctx.command.params:
-        name, flag = parameter.name or "", parameter.opts[-1]
-        value = options.get(name)
-        typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if name in ("model", "resume", "force", "out") or value is None or value is False:
-            continue
-        if typed or value != parameter.get_default(ctx):
-            words += [flag] if value is True else [flag, str(value)]
-    return shlex.join([*words, *more])
+    words = ["search", options["model"], *typed_options(ctx, options, but=("resume", "force", "out")), *more]
+    return shlex.join(["autoprec", *words])

@@ -24,6 +24,7 @@ from autoprec.probe.described import module_facts
 from autoprec.probe.device import device_name
 from autoprec.probe.steps import device_of
 from autoprec.probe.units import probe_units
+from autoprec.probe.versions import all_versions, device_versions
 from autoprec.probe.workload import Workload
 from autoprec.records import (
     ComparedPlan,
@@ -115,6 +116,7 @@ def compare_plans(
         plans=tuple(compared),
         training=training,
         notes=tuple(bench.notes(candidates)),
+        versions={**all_versions(), **device_versions(bench.here)},
     )
 
 

@@ -60,7 +60,17 @@ def recorded_plans(asked: Sequence[Recorded]) -> PlanComparison:
         reference=reference,
         plans=tuple(replace(row, targets=targets(row)) for row in rows),
         notes=tuple(notes),
+        versions=_versions([run.result for run in runs if run.result]),
     )
+
+
+def _versions(results: Sequence[SearchResult]) -> dict[str, str]:
+    """Return the releases that runs were made with; of one that differs all are named."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        for name, release in (result.setting.versions if result.setting else {}).items():
+            found.setdefault(name, []).append(release)
+    return {name: ", ".join(dict.fromkeys(releases)) for name, releases in found.items()}
 
 
 def _check_alike(name: str, first: SearchResult, other_name: str, other: SearchResult) -> None:

@@ -16,9 +16,10 @@ import torch
 from autoprec.catalog import CatalogueEntry, catalogue_match
 from autoprec.errors import DeviceError
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
-from autoprec.probe.host import cpu_instructions, cpu_memory_bytes, cpu_name, driver_version, slug
+from autoprec.probe.host import cpu_instructions, cpu_memory_bytes, cpu_name, slug
 from autoprec.probe.known import KINDS, named_profile
 from autoprec.probe.rates import Trial, copy_rate, fault_text, gemm_trials, launch_time, matmuls, strict_fp32
+from autoprec.probe.versions import device_versions
 from autoprec.records import DeviceProfile, FormatSupport, GemmRate, Origin, Support
 
 __all__ = ["device_name", "probe_device", "resolve_device"]
@@ -143,7 +144,7 @@ def _measured(here: torch.device, seconds: float) -> DeviceProfile:
         gemm_rates=_rates(trials),
         copy_gb_per_s=copy_rate(here, 0.1 * seconds),
         launch_us=launch_time(here) if here.type != "cpu" else None,
-        versions=_versions(here),
+        versions=device_versions(here),
     )
     if entry is None:
         return profile
@@ -261,14 +262,3 @@ def _rates(trials: list[Trial]) -> tuple[GemmRate, ...]:
         key = (Format(name), trial.size)
         rates.setdefault(key, GemmRate(format=key[0], size=trial.size, tflops=middle, tflops_low=low, tflops_high=high))
     return tuple(rates.values())
-
-
-def _versions(here: torch.device) -> dict[str, str]:
-    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    if torch.version.hip:
-        versions["rocm"] = torch.version.hip
-    if here.type != "cpu" and (driver := driver_version()):
-        versions["driver"] = driver
-    return versions

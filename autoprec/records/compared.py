@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
@@ -105,3 +106,7 @@ class PlanComparison:
     plans: tuple[ComparedPlan, ...]
     training: TrainingConfirmation | None = None
     notes: tuple[str, ...] = ()
+    #: the line typed; None for a comparison from Python
+    command: str | None = None
+    #: releases that figures depend on, where they were taken
+    versions: Mapping[str, str] = field(default_factory=dict)

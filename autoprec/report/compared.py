@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from autoprec.records import ComparedPlan, Figure, PlanComparison
-from autoprec.report.figures import bytes_text, format_counts, interval, origin_note
+from autoprec.report.comparedhead import answer_of
+from autoprec.report.figures import bytes_text, figure_text, format_counts, interval, origin_note
 from autoprec.report.layout import INDENT, Column, print_heading, print_line, print_table
 
-__all__ = ["print_comparison"]
+__all__ = ["Row", "figure_rows", "print_comparison", "target_titles", "trained_rows"]
 
 #: characters of a column of titles, and of one of figures with their intervals
 _TITLE, _CELL = 24, 19
@@ -26,17 +27,16 @@ def print_comparison(console: Console, found: PlanComparison) -> None:
     wide = max(1, (console.width - INDENT - _TITLE) // (_CELL + 2))
     rows = [found.reference, *found.plans]
     for start in range(0, len(rows), wide):
-        _print_rows(console, rows[start : start + wide], _rows(found))
+        _print_rows(console, rows[start : start + wide], figure_rows(found))
     if found.training is not None:
         words = f"{found.training.steps} steps, {found.training.seeds} seeds, {', '.join(found.training.notes)}"
         print_heading(console, "Trained beside FP32", words)
         shown = [row for row in rows if row.trained is not None]
         for start in range(0, len(shown), wide):
-            _print_rows(console, shown[start : start + wide], _trained_rows(found))
-    targets = found.plans[0].targets if found.plans else ()
-    if targets:
+            _print_rows(console, shown[start : start + wide], trained_rows(found))
+    titles = target_titles(found)
+    if titles:
         print_heading(console, "Targets", "met: with the whole interval; open: the interval holds the target")
-        titles = [f"{t.name} {'under' if t.name == 'drop' else 'over'} {t.limit:g} {t.unit}" for t in targets]
         for start in range(0, len(found.plans), wide):
             part = found.plans[start : start + wide]
             columns: list[Column] = [("", "left"), *((row.name, "right") for row in part)]
@@ -47,6 +47,7 @@ def print_comparison(console: Console, found: PlanComparison) -> None:
             print_line(console, f"{row.name}: {reason}")
     for note in found.notes:
         print_line(console, f"note: {note}")
+    print_heading(console, "Verdict", answer_of(found).text)
 
 
 def _print_rows(console: Console, plans: Sequence[ComparedPlan], rows: Sequence[Row]) -> None:
@@ -55,12 +56,13 @@ def _print_rows(console: Console, plans: Sequence[ComparedPlan], rows: Sequence[
     print_table(console, columns, [row for row in cells if any(cell not in ("", "-") for cell in row[1:])])
 
 
-def _rows(found: PlanComparison) -> list[Row]:
+def figure_rows(found: PlanComparison) -> list[Row]:
+    """Return the figures of a plan: a title, and what is said of it."""
     metric = found.metric or "metric"
     return [
         ("units", lambda plan: format_counts(plan.measurement.assignment) if plan.measurement else "-"),
         ("speedup", lambda plan: _text(plan.speedup)),
-        ("step, ms", lambda plan: _text(plan.step_ms)),
+        ("step, ms", lambda plan: _text(plan.step_ms, bare=True)),
         ("memory, peak", lambda plan: _bytes(plan.peak_bytes)),
         ("memory saved", lambda plan: _text(plan.memory_saved)),
         ("drop", lambda plan: _text(plan.drop)),
@@ -70,7 +72,8 @@ def _rows(found: PlanComparison) -> list[Row]:
     ]
 
 
-def _trained_rows(found: PlanComparison) -> list[Row]:
+def trained_rows(found: PlanComparison) -> list[Row]:
+    """Return what training under a plan came to: a title, and what is said of it."""
     metric = (found.training.metric if found.training else None) or "metric"
     return [
         (f"{metric}, held out", lambda plan: _text(plan.trained.metric) if plan.trained else "-"),
@@ -93,8 +96,15 @@ def _bytes(figure: Figure | None) -> str:
     return "-" if figure is None else bytes_text(figure.value) + origin_note(figure.origin)
 
 
-def _text(figure: Figure | None) -> str:
+def _text(figure: Figure | None, *, bare: bool = False) -> str:
+    """Return a figure with its interval and origin; `bare` where the title has its unit."""
     if figure is None:
         return "-"
-    unit = {"x": "x", "%": " %"}.get(figure.unit, "")
-    return interval(figure.value, figure.ci95, suffix=unit) + origin_note(figure.origin)
+    said = interval(figure.value, figure.ci95) if bare else figure_text(figure)
+    return said + origin_note(figure.origin)
+
+
+def target_titles(found: PlanComparison) -> list[str]:
+    """Return what plans are held to: 'speedup over 2 x'."""
+    targets = found.plans[0].targets if found.plans else ()
+    return [f"{t.name} {'under' if t.name == 'drop' else 'over'} {t.limit:g} {t.unit}" for t in targets]

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from autoprec.formats import Format, Fp8Family, layout
-from autoprec.records import Measurement, Origin
+from autoprec.records import Figure, Measurement, Origin
 
 __all__ = [
     "bytes_text",
     "count_text",
     "drop_unit",
+    "figure_text",
     "format_counts",
     "interval",
     "layout_text",
@@ -20,6 +21,7 @@ __all__ = [
     "number",
     "origin_note",
     "plain",
+    "value_text",
 ]
 
 Interval = tuple[float, float] | None
@@ -54,6 +56,20 @@ def interval(value: float | None, ci95: Interval = None, *, digits: int = 3, suf
         places = min(1 - math.floor(math.log10(half)), digits + 1 - math.floor(math.log10(abs(value))))
         return f"{value:.{max(0, places)}f}{suffix} ±{half:.{max(0, places)}f}"
     return f"{number(value, digits)}{suffix} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def figure_text(figure: Figure) -> str:
+    """Return a figure with its unit and interval, without its origin."""
+    return interval(figure.value, figure.ci95, suffix=_suffix(figure))
+
+
+def value_text(figure: Figure) -> str:
+    """Return a figure with its unit alone."""
+    return bytes_text(figure.value) if figure.unit == "bytes" else number(figure.value) + _suffix(figure)
+
+
+def _suffix(figure: Figure) -> str:
+    return {"": "", "x": "x"}.get(figure.unit, f" {figure.unit}")
 
 
 def origin_note(origin: Origin | None) -> str:

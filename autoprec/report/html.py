@@ -1,13 +1,13 @@
-"""The report of a run: one HTML file that needs nothing else, in the reader's light or dark.
+"""Pages that are one HTML file and need nothing else, in the reader's light or dark; first of them a run's report.
 
-It is made from what the run folder holds, so it works for runs that are old, unfinished or resumed, and for devices
-that are not here. Plotly's script stands in it once; its policy lets it fetch nothing.
+That is made from what the run folder holds, so it works for runs that are old, unfinished or resumed, and for devices
+that are not here. Plotly's script stands in a page once; its policy lets it fetch nothing.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from autoprec.report.templates import asset, fill
 from autoprec.report.trainingchart import training_charts
 from autoprec.report.unitchart import unit_drop_chart, unit_time_chart
 
-__all__ = ["run_page", "write_report"]
+__all__ = ["run_page", "whole_page", "write_report"]
 
 
 def write_report(path: Path, run: Run) -> None:
@@ -68,24 +68,50 @@ def run_page(run: Run) -> str:
         "memory_chart": memory_chart(run),
         "training_charts": list(training_charts(run.result.trained if run.result else (), run.numerics)),
     }
-    every = [c for one in charts.values() for c in (one if isinstance(one, list) else [one]) if c is not None]
-    return fill(
+    return whole_page(
         "report.html.j2",
-        version=__version__,
-        title=plain(_model(run)),
-        subtitle=_subtitle(run),
-        head=headline(run),
+        [c for one in charts.values() for c in (one if isinstance(one, list) else [one]) if c is not None],
         grid=grid,
         plans=plans,
+        title=_model(run),
+        subtitle=_subtitle(run),
+        head=headline(run),
         shown=places.get(run.best.name if run.best else "uniform fp32"),
-        data=_data(run, every, grid, plans),
+        source=f"run folder {run.name}",
+        **charts,
+        **_tables(run),
+    )
+
+
+def whole_page(
+    template: str,
+    charts: Iterable[Chart],
+    *,
+    title: str,
+    source: str,
+    grid: Grid | None = None,
+    plans: Sequence[Measurement] = (),
+    **values: Any,
+) -> str:
+    """Return a page that extends `frame.html.j2`, with its charts' data, its look and the scripts that draw it.
+
+    Args:
+        source: what it was made from, for the footer.
+        plans: what the grid can show.
+    """
+    return fill(
+        template,
+        version=__version__,
+        title=plain(title),
+        grid=grid,
+        plans=plans,
+        data=_data(charts, grid, plans),
         style=asset("style.css"),
         frame=asset("page.css"),
         script=asset("page.js"),
         plotly=Markup(get_plotlyjs()),  # noqa: S704 the library's own file
-        footer=f"Written by autoprec {__version__} on {datetime.date.today().isoformat()} from run folder {run.name}.",
-        **charts,
-        **_tables(run),
+        footer=f"Written by autoprec {__version__} on {datetime.date.today().isoformat()} from {source}.",
+        **values,
     )
 
 
@@ -116,7 +142,7 @@ def _plans(run: Run) -> list[Measurement]:
     return list(found.values())
 
 
-def _data(run: Run, charts: Iterable[Chart], grid: Grid | None, plans: Iterable[Measurement]) -> Markup:
+def _data(charts: Iterable[Chart], grid: Grid | None, plans: Iterable[Measurement]) -> Markup:
     """Return what the page's script reads, as JSON that cannot end its element."""
     cells = grid.cells if grid else []
     return Markup(

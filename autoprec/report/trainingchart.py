@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from autoprec.records import Origin, TrainingConfirmation, TrainingCurve
+from autoprec.records import TrainingConfirmation, TrainingCurve
 from autoprec.report.charts import NAME, Chart, Data, axis, harmless
 
 __all__ = ["training_charts"]
@@ -13,8 +13,12 @@ __all__ = ["training_charts"]
 _REFERENCE = "fp32"
 
 
-def training_charts(trained: Sequence[TrainingConfirmation], origin: Origin) -> Iterator[Chart]:
-    """Yield two charts for each confirmation: losses by step, and each plan's loss less FP32's of the same seed."""
+def training_charts(trained: Sequence[TrainingConfirmation], origin: str) -> Iterator[Chart]:
+    """Yield two charts for each confirmation: losses by step, and each plan's loss less FP32's of the same seed.
+
+    Args:
+        origin: of all losses, as it stands on an axis.
+    """
     for number, one in enumerate(trained):
         curves: dict[str, list[TrainingCurve]] = {}
         for curve in one.curves:

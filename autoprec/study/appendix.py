@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 
-from autoprec import __version__
 from autoprec.errors import AutoprecError
 from autoprec.formats import Format
 from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
 from autoprec.predict.memory import predict_memory, setup_of
 from autoprec.probe.described import module_facts
+from autoprec.probe.versions import all_versions
 from autoprec.probe.workload import Workload
 from autoprec.quantities import DropLimit
 from autoprec.records import DeviceProfile, MemoryBreakdown, ModelProfile, SearchSetting, Support
 
 __all__ = ["memory_of", "setting_of", "unit_times"]
-
-#: what figures depend on beside the device's own versions
-_LIBRARIES = ("torch", "transformers", "optuna", "torchao")
 
 
 def setting_of(
@@ -49,18 +44,8 @@ def setting_of(
         batch_size=rows,
         seq_len=length,
         data=workload.notes,
-        versions={"autoprec": __version__, "python": platform.python_version(), **_versions(), **device.versions},
+        versions={**all_versions(), **device.versions},
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def memory_of(
