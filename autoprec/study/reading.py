@@ -31,6 +31,7 @@ from autoprec.records import (
     SpeedProfile,
 )
 from autoprec.report.run import Run, RunRow
+from autoprec.study.baselines import RECOMMENDED
 from autoprec.study.front import pareto_front
 from autoprec.study.ledger import known_of
 from autoprec.study.outcome import on_one_clock
@@ -84,7 +85,8 @@ def read_run(path: Path) -> Run:
 def _fastest(front: Sequence[Measurement], rows: Sequence[RunRow], setting: SearchSetting | None) -> int | None:
     if setting is None:
         return None
-    return choose(front, {r.measurement.name for r in rows if r.trial is None}, DropLimit.parse(setting.max_drop))
+    plain = {r.measurement.name for r in rows if r.trial is None} - {RECOMMENDED}  # which takes a plan file to follow
+    return choose(front, plain, DropLimit.parse(setting.max_drop))
 
 
 def _study(
