@@ -1,4 +1,4 @@
-"""Durations and drop limits as people write them: `90s 45m 2h 1h30m`, `0.25%`, `0.005`."""
+"""Durations, drop limits and plain numbers as people write them: `90s 45m 2h 1h30m`, `0.25%`, `0.005`, `3.1e-7`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from autoprec.errors import UsageError
 
-__all__ = ["DropLimit", "duration_seconds", "duration_text"]
+__all__ = ["SMALL", "DropLimit", "duration_seconds", "duration_text", "number"]
+
+SMALL = 1e-4  #: below this, zeros after the point are harder to read than an exponent
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
@@ -40,6 +42,17 @@ def duration_text(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{left:02d}s" if minutes else f"{left}s"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return `value` with `digits` significant digits, written out where that is short: 0.00123, 412, 3.1e-7."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
+    if abs(value) >= SMALL and size < 7:
+        return f"{value:.{max(0, digits - 1 - size)}f}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from autoprec.probe.compare import compare, task_metric
 from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import device_of, kept_state, plain_fp32, scaler_of
 from autoprec.probe.workload import Workload
+from autoprec.quantities import number
 from autoprec.records import TrainedArm, TrainingConfirmation, TrainingCurve, TrainingVerdict
 from autoprec.runtime.attach import applied
 
@@ -108,15 +109,13 @@ def judged(
     mean = fmean(gaps)
     half = float(stats.t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
     low, high = mean - half, mean + half
+    ends, limit = f"{number(low, 2)} to {number(high, 2)}", f"{number(margin, 2)} is the margin"
     if high < margin:
-        verdict, reason = TrainingVerdict.NOT_WORSE, f"at most {high:.2g} over fp32, and {margin:.2g} is the margin"
+        verdict, reason = TrainingVerdict.NOT_WORSE, f"at most {number(high, 2)} over fp32, and {limit}"
     elif low > 0:
-        verdict, reason = (
-            TrainingVerdict.WORSE,
-            f"{low:.2g} to {high:.2g} over fp32, and {margin:.2g} is the margin",
-        )
+        verdict, reason = TrainingVerdict.WORSE, f"{ends} over fp32, and {limit}"
     else:
-        verdict, reason = TrainingVerdict.UNDECIDED, f"{low:.2g} to {high:.2g} over fp32: too wide to tell"
+        verdict, reason = TrainingVerdict.UNDECIDED, f"{ends} over fp32: too wide to tell"
     return TrainedArm(name=name, gap=mean, gap_ci95=(low, high), verdict=verdict, reason=reason), margin
 
 

@@ -15,6 +15,7 @@ from autoprec.probe.batches import Batch
 from autoprec.probe.device import device_name
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.workload import Workload
+from autoprec.quantities import number
 from autoprec.records import (
     AuditReport,
     Check,
@@ -27,6 +28,7 @@ from autoprec.records import (
     TrainingVerdict,
     Verification,
 )
+from autoprec.report.figures import figure_text
 from autoprec.runtime.attach import applied
 from autoprec.runtime.audit import audit
 from autoprec.runtime.identity import weights_digest
@@ -92,8 +94,8 @@ def verify(
         and found.grad_error > found.grad_error_limit
     ):
         problems.append(
-            f"the gradient's relative squared error is {found.grad_error:.3g}, over its limit of "
-            f"{found.grad_error_limit:.3g} (a tenth of what batches differ by)"
+            f"the gradient's relative squared error is {number(found.grad_error)}, over its limit of "
+            f"{number(found.grad_error_limit)} (a tenth of what batches differ by)"
         )
     problems += [
         f"{check.figure} is worse than the plan says: {_text(check.here)}, against {_text(check.said)}"
@@ -237,7 +239,4 @@ def _warnings(workload: Workload, plan: Plan, report: AuditReport, name: str) ->
 
 
 def _text(figure: Figure | None) -> str:
-    if figure is None:
-        return "-"
-    interval = f" [{figure.ci95[0]:.4g}, {figure.ci95[1]:.4g}]" if figure.ci95 else ""
-    return f"{figure.value:.4g}{interval} {figure.unit}"
+    return "-" if figure is None else figure_text(figure)

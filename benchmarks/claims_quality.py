@@ -27,6 +27,7 @@ from record import ROOT
 from scipy import stats
 
 from autoprec.plan import Plan
+from autoprec.quantities import number
 from autoprec.records import Origin, Role
 
 __all__: list[str] = []
@@ -62,8 +63,8 @@ def _fp16_loss() -> Found:
         return Verdict.UNKNOWN, [*findings, Finding(text, "-", "-")]
     drop, change = fp16["drop"], fp16["task_metric_change"]
     text = (
-        f"MiniLM's spam classifier under FP16: a drop of {drop['value']:.1g} % of its loss ({drop['ci95'][0]:.1g}–"
-        f"{drop['ci95'][1]:.1g}), accuracy changed by {change['value']:.2g} points"
+        f"MiniLM's spam classifier under FP16: a drop of {number(drop['value'], 1)} % of its loss "
+        f"({number(drop['ci95'][0], 1)}–{number(drop['ci95'][1], 1)}), accuracy changed by {change['value']:.2g} points"
     )
     findings.append(Finding(text, drop["origin"], result_source("compare-minilm")))
     return (Verdict.NOT if drop["ci95"][1] < 0.2 else Verdict.PART), findings
@@ -130,7 +131,7 @@ def _mixed() -> Found:
             TIMES,
         ),
         Finding(
-            f"the demo GPT, attention in BF16: {mixed_drop:.2g} nats, uniform BF16 {bf16_drop:.2g}",
+            f"the demo GPT, attention in BF16: {number(mixed_drop, 2)} nats, uniform BF16 {number(bf16_drop, 2)}",
             Origin.EMULATED,
             "`benchmarks/truths/exhaustive-demo.npz`, all 19,683 assignments",
         ),

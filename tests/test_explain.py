@@ -49,11 +49,13 @@ def test_shares_and_neighbours_are_those_of_the_plan() -> None:
 
 def test_the_reason_says_what_another_format_would_do() -> None:
     a, b, c = explain(SPACE, {"a": BF16, "b": BF16, "c": FP32}, BELIEVED, None, limit=1e-3, step_ms=10.0)
-    assert a.reason == "fp32 would cost 3 ms to save 0.0001 of drop; fp8 would save 1 ms and pass the limit"
-    assert b.reason == "fp32 would cost no time and save 0.0003 of drop"
+    assert (
+        a.reason == "fp32 would cost 3.00 ms to save 0.000100 nats of drop; fp8 would save 1.00 ms and pass the limit"
+    )
+    assert b.reason == "fp32 would cost no time and save 0.000300 nats of drop"
     assert c.reason == "fp32 is its only format"
     high, *_ = explain(SPACE, {"a": FP32, "b": FP32, "c": FP32}, BELIEVED, None, limit=1e-3, step_ms=10.0)
-    assert high.reason == "bf16 would save 3 ms for 0.0001 more drop"
+    assert high.reason == "bf16 would save 3.00 ms for 0.000100 nats more drop"
 
 
 def test_a_plan_outside_of_the_space_is_not_explained() -> None:

@@ -49,6 +49,7 @@ from autoprec.records import (
     VerdictDecision,
 )
 from autoprec.study import course
+from autoprec.study.reading import read_run
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
@@ -115,6 +116,10 @@ def test_a_search_measures_and_writes(tmp_path: Path, mode: str) -> None:
         m.name for m in result.baselines
     ]
     assert len([p for p in news if p.trial is not None]) == 5
+    standing = next(p.standing for p in reversed(news) if p.standing)
+    assert (standing.trials, standing.limit, standing.drop_unit) == (5, "0.25%", "nats")
+    assert [(m.name, m.step_ms) for m in standing.front] == [(m.name, m.step_ms) for m in result.front]
+    assert {m.name for m in standing.baselines} == {m.name for m in result.baselines}
     assert_as_found(work.model, before)
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -233,9 +238,11 @@ def test_the_recommended_plan_comes_first_or_beside_the_space(tmp_path: Path, mo
     assert [p.measurement.name for p in news if p.trial is not None and p.measurement] == ["recommended"]
     recommend({"tf32": True})  # which no plan of the space has
     news.clear()
-    search(workload(), budget=300, trials=1, out=tmp_path / "beside", progress=news.append)
+    result = search(workload(), budget=300, trials=1, out=tmp_path / "beside", progress=news.append)
     beside = [p.measurement.name for p in news if p.stage == "baselines" and p.measurement]
     assert beside[-1] == "recommended"
+    assert [m.name for m in result.baselines] == beside and result.baselines[-1].drop is not None
+    assert read_run(tmp_path / "beside").baselines[-1].name == "recommended"
 
 
 def test_modules_are_searched_apart(tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import autoprec
-from autoprec import Plan, Workload, probe_sensitivity, probe_units
+from autoprec import Plan, Workload, probe_sensitivity, probe_speed, probe_units
 from autoprec.errors import DataError, MeasurementError, UsageError
 from autoprec.files import as_json, from_json
 from autoprec.formats import Format
 from autoprec.probe import clock, sensitivity, survey
+from autoprec.probe.cache import arithmetic_of
 from autoprec.probe.compare import Ratio
+from autoprec.probe.device import device_name
 from autoprec.probe.direct import measured_drops
 from autoprec.records import Method, Mode, Origin, Progress, SensitivityProfile, UnitNumerics
 from autoprec.study.space import split_units
@@ -286,6 +288,17 @@ def test_a_damaged_result_is_made_again(own_cache: Path) -> None:
     Path(found.file).write_text(Path(found.file).read_text()[:100])
     assert probe_sensitivity(workload, ["bf16"]).drops
     assert from_json(SensitivityProfile, json.loads(Path(found.file).read_text()), what="it").drops
+
+
+def test_records_name_the_device_as_its_profile_does_and_are_kept_by_its_arithmetic(own_cache: Path) -> None:
+    workload, name = bare_workload(), device_name(torch.device("cpu"))
+    found = probe_sensitivity(workload, ["bf16"])
+    assert found.device == name == probe_speed(workload, ["bf16"], seconds=1.0).device
+    assert found.file
+    older = json.loads(Path(found.file).read_text()) | {"device": arithmetic_of(torch.device("cpu"))}
+    Path(found.file).write_text(json.dumps(older))
+    again = probe_sensitivity(workload, ["bf16"])
+    assert again.drops == found.drops and again.device == name, "found by the same key, under the name of the profile"
 
 
 def test_a_cache_that_cannot_be_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import samples
@@ -13,7 +16,7 @@ from rich.console import Console
 
 from autoprec.formats import Format, Fp8Family
 from autoprec.plan import Plan
-from autoprec.records import Measurement, Origin, Progress
+from autoprec.records import Measurement, Origin, Progress, Standing
 from autoprec.report.figures import (
     count_text,
     drop_unit,
@@ -25,6 +28,7 @@ from autoprec.report.figures import (
     plain,
 )
 from autoprec.report.grouping import runs, short_modules
+from autoprec.report.livefront import front_panel
 from autoprec.report.progress import News
 from autoprec.report.terminal import (
     measurement_line,
@@ -196,7 +200,8 @@ def test_a_device_that_is_not_here_says_so() -> None:
         bandwidth_gb_per_s=3350.0,
     )
     text = printed(lambda console: print_device(console, profile))
-    assert_says(text, "not here: datasheet", "peak TFLOP/s", "989", "memory bandwidth: 3350 GB/s (datasheet)")
+    assert_says(text, "not here: datasheet", "peak TFLOP/s (datasheet)", "989")
+    assert_says(text, "memory bandwidth: 3350 GB/s (datasheet)")
     assert "TFLOP/s at" not in text
 
 
@@ -233,7 +238,7 @@ def test_a_plan_of_fp16_names_its_scaler() -> None:
 def test_result_page() -> None:
     text = printed(PAGES["result"], 160)
     assert_says(text, "Search of org/tiny-llama", "limit 0.25%")
-    assert_says(text, "reference: reference, 19.90 ±0.40 ms a step, peak 123 MB")
+    assert_says(text, "reference: reference, 19.90 ±0.40 ms a step (measured), peak 123 MB")
     assert_says(text, "beats one of these in both drop and step (14 trials, 1m58s)")
     assert_says(text, "drop, nats", "step, ms", "peak, MB")
     assert_says(text, "1 uniform bf16 0.00417 ±0.00042 0.104 12.30 ±0.25 1.620x ±0.032 123 bf16 6 fp32 2")
@@ -308,3 +313,100 @@ def test_news_on_a_terminal_keep_measurements_and_clear_the_live_line() -> None:
     text = file.getvalue()
     assert "trial 7: drop" in text
     assert text.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # cursor shown again, line above erased
+
+
+# the front while a search runs
+
+
+def standing(members: int = 4, chosen: int | None = 1) -> Standing:
+    """A search of baselines, one of them stopped, and a front of so many plans."""
+    bf16 = samples.measurement("uniform bf16", 0.0051, 12.3, 1.62)
+    stopped = Measurement(name="uniform fp16", assignment={}, reason="stopped: its first step took 3.4 times as long")
+    front = [
+        samples.measurement(f"trial {n} of a long name", 0.004 / (n + 1), 12.0 + n, 1.6 - n / 50)
+        for n in range(members)
+    ]
+    return Standing(
+        baselines=(bf16, stopped), front=tuple(front), chosen=chosen, trials=17, limit="0.25%", drop_unit="nats"
+    )  # fmt: skip
+
+
+def panel(found: Standing, width: int, height: int) -> list[str]:
+    return printed(lambda console: console.print(front_panel(found, width, height)), width).splitlines()
+
+
+@pytest.mark.parametrize("width", [30, 44, 80, 120, 200])
+def test_the_front_fits_every_width_with_a_line_a_plan(width: int) -> None:
+    lines = panel(standing(), width, 40)
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 3 + 1 + 1 + 1 + 4  # headings and titles; a baseline, its stopped neighbour, four of the front
+    marked = [line for line in lines if line.startswith(">")]
+    assert len(marked) == 1 and "0.00200" in marked[0] and "13.0" in marked[0]
+    if width >= 80:
+        assert "trial 1 of a long name" in marked[0] and "1.58x" in marked[0] and "13.00 ±0.26" in marked[0]
+        text = " ".join(lines)
+        assert_says(text, "drop, nats", "step, ms", "17 trials", "best within 0.25%: trial 1 of a long name")
+        assert_says(text, "uniform fp16: stopped: its first step took 3.4 times as long")
+    if width >= 120:
+        assert "trial 1 of a long name; measured" in " ".join(lines) and "bf16 6" in marked[0]
+
+
+@pytest.mark.parametrize("height", [8, 12, 24])
+def test_a_low_window_shows_the_best_plan_and_says_what_is_left_out(height: int) -> None:
+    lines = panel(standing(members=30, chosen=20), 100, height)
+    assert len(lines) <= max(height - 1, 7)
+    assert any(line.split()[:3] == [">", "trial", "20"] for line in lines)
+    assert any("of 30, 17 trials" in line for line in lines)
+
+
+def test_a_front_without_a_plan_to_use_says_so() -> None:
+    lines = panel(standing(chosen=None), 120, 40)
+    assert any("none within 0.25% is faster than FP32 yet" in line for line in lines)
+    assert not any(line.startswith(">") for line in lines)
+
+
+def screen(*, front: bool = True, fail: type[BaseException] | None = None, **options: Any) -> str:
+    """Return what a terminal is sent by a search that tells two things, and ends or fails."""
+    file = io.StringIO()
+    console = Console(file=file, width=120, height=40, force_terminal=True, **options)
+    with contextlib.suppress(KeyboardInterrupt), News(console, front=front) as news:
+        measured = samples.measurement("trial 7", 0.004, 12.0, 1.6)
+        news(Progress(stage="search", message="m", elapsed_seconds=4, measurement=measured, standing=standing()))
+        if fail:
+            raise fail
+    return file.getvalue()
+
+
+def test_the_front_is_cleared_at_the_end_and_stays_after_ctrl_c() -> None:
+    ended, stopped = screen(), screen(fail=KeyboardInterrupt)
+    assert "best within 0.25%: trial 1 of a long name" in ended
+    cleared = "\x1b[1A\x1b[2K"
+    assert ended.endswith(cleared * 5) and not stopped.endswith(cleared)
+    assert "\x1b[?25h" in stopped  # the cursor is shown again
+    assert "trial 1 of a long name" in stopped.rpartition("\x1b[2K")[2]
+
+
+def test_without_colour_there_is_none_and_off_a_terminal_no_front() -> None:
+    assert "\x1b[1;32m" in screen(color_system="standard")
+    assert "\x1b[1;32m" not in screen(color_system="standard", no_color=True)
+    assert "Front" not in screen(front=False)
+    file = io.StringIO()
+    with News(Console(file=file, width=80), front=True) as news:
+        news(Progress(stage="search", message="m", elapsed_seconds=4, standing=standing()))
+    assert file.getvalue() == "    4s  search: m\n"
+
+
+def test_pictures_are_drawn_by_news_alone_and_a_few_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, drawn = [100.0], list[float]()
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    before = threading.active_count()
+    with News(Console(file=io.StringIO(), width=80, force_terminal=True), front=True) as news:
+        assert threading.active_count() == before, "no thread draws beside a timed step"
+        assert news._live is not None
+        monkeypatch.setattr(news._live, "refresh", lambda: drawn.append(clock[0]))
+        for _ in range(300):
+            news(Progress(stage="search", message="m", elapsed_seconds=1, standing=standing()))
+            clock[0] += 0.01
+    told = drawn[:-1]  # the last is drawn at the end
+    assert 12 <= len(told) <= 13 and told[:2] == [100.0, 100.01], "what comes after a pause is drawn at once"
+    assert all(later - sooner >= 1.0 for sooner, later in zip(told, told[4:], strict=False))

@@ -9,7 +9,7 @@ import pytest
 from autoprec.quantities import DropLimit
 from autoprec.records import Confirmed, Measurement, Verdict, VerdictDecision
 from autoprec.study.front import pareto_front
-from autoprec.study.outcome import outcome_of
+from autoprec.study.outcome import outcome_of, standing_of
 from autoprec.study.verdict import best_uniform, choose, decide, wanted
 
 PERCENT = DropLimit.parse("0.25%")
@@ -169,6 +169,18 @@ def test_outcome_joins_front_choice_and_verdict() -> None:
     assert [m.plan for m in named.front] == [None, None, "run/plan.json"]
 
 
+def test_a_recommended_plan_outside_the_space_stands_with_the_baselines_and_takes_a_plan_file() -> None:
+    found = [FP32, made("uniform bf16", 0.001, 1.5), made("recommended", 0.0005, 2.0)]
+    beside = {m.name for m in found}
+    outcome = outcome_of(found, BASELINES, PERCENT, HOURS * 3600, beside=beside)
+    assert [m.name for m in outcome.baselines] == ["uniform fp32", "uniform bf16", "recommended"]
+    assert outcome.best is not None and outcome.best.name == "recommended"
+    assert outcome.verdict.decision is VerdictDecision.USE_PLAN and outcome.verdict.best_uniform == "uniform bf16"
+    standing = standing_of(FP32, found, BASELINES, PERCENT, "nats", beside=beside)
+    assert [m.name for m in standing.baselines] == [m.name for m in outcome.baselines] and standing.trials == 0
+    assert standing.chosen is not None and standing.front[standing.chosen].name == "recommended"
+
+
 def confirmation(name: str, answer: str, reason: str | None = None) -> Confirmed:
     return Confirmed(name=name, answer=answer, drop=1e-4, low=5e-5, high=2e-4, batches=5, level=0.035, reason=reason)
 
@@ -179,7 +191,7 @@ def test_a_plan_that_fails_on_unseen_batches_is_not_chosen() -> None:
     outcome = outcome_of(found, BASELINES, PERCENT, 3600.0, tried)
     assert outcome.best is not None and outcome.best.name == "uniform bf16"
     assert outcome.verdict.decision is VerdictDecision.USE_UNIFORM
-    assert "confirmed on 5 unseen batches (drop 0.0001, at most 0.0002)" in outcome.verdict.text
+    assert "confirmed on 5 unseen batches (drop 0.000100 nats, at most 0.000200)" in outcome.verdict.text
 
 
 def test_nothing_is_done_where_no_plan_is_confirmed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
 
     console = errors_console()
     try:
-        with quiet(), News(console) as news, contextlib.ExitStack() as watch:
+        with quiet(), News(console, front=sys.stdout.isatty()) as news, contextlib.ExitStack() as watch:
             news.say(options["said"] or f"Searching {model}")
             news.doing(f"Loading {model}")
             loading, workers = _begin(options)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from autoprec.doctor.case import Case, Evidence, check
 from autoprec.formats import FP16, Format
+from autoprec.quantities import number
 from autoprec.records import Severity
 
 #: a unit whose largest value is over this part of FP16's range may overflow on other batches (as the search's veto)
@@ -55,7 +56,7 @@ def near_overflow(case: Case) -> Iterator[Evidence]:
     rows = [u for u in trace.units if u.largest_activation > FP16.max * _PART] if trace else []
     for row in sorted(rows, key=lambda u: -u.largest_activation)[:3]:
         yield Evidence(
-            f"unit '{row.unit}' reaches {row.largest_activation:.4g}",
+            f"unit '{row.unit}' reaches {number(row.largest_activation, 4)}",
             "the traced steps",
             Severity.WARNING if _asked(case, Format.FP16) else None,
         )

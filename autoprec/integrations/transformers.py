@@ -26,6 +26,7 @@ from autoprec.integrations.callback import PLAN_FILE, PrecisionCallback
 from autoprec.integrations.choosing import AutoPrecisionArguments, chosen_plan
 from autoprec.integrations.flags import set_scaler, with_flags
 from autoprec.plan import Plan
+from autoprec.quantities import number
 from autoprec.runtime.attach import Applied
 from autoprec.runtime.identity import canonical_modules
 from autoprec.runtime.tripwire import wider_format
@@ -183,7 +184,7 @@ class PrecisionMixin(_Behind):  # type: ignore[misc]
         spoiled = [r for r in watch.readings() if math.isinf(r.largest_output)]
         first = min(spoiled, key=lambda r: r.order, default=None)
         text = f"the loss is {value} at the first step with the plan" + (
-            "" if exact is None else f", {exact:.4g} in fp32"
+            "" if exact is None else f", {number(exact, 4)} in fp32"
         )
         if first is not None:
             text += (

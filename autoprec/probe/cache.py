@@ -22,7 +22,7 @@ from autoprec.probe.workload import Workload
 from autoprec.records import ModelProfile, SensitivityProfile
 from autoprec.runtime.identity import fingerprint, weights_digest
 
-__all__ = ["ResultCache", "cache_folder", "device_name"]
+__all__ = ["ResultCache", "arithmetic_of", "cache_folder"]
 
 
 def cache_folder() -> Path:
@@ -31,7 +31,7 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "autoprec"
 
 
-def device_name(device: torch.device) -> str:
+def arithmetic_of(device: torch.device) -> str:
     """Return what decides a device's arithmetic: the card, or the CPU's vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -58,7 +58,7 @@ class ResultCache:
         parts = {
             "autoprec": __version__,
             "torch": torch.__version__,
-            "device": device_name(device_of(workload.model)),
+            "device": arithmetic_of(device_of(workload.model)),
             "model": fingerprint(workload.model),
             "units": {u.name: u.modules for u in units.units},
             "weights": weights,

@@ -21,9 +21,10 @@ from autoprec import __version__
 from autoprec.errors import MeasurementError, UsageError, first_line
 from autoprec.formats import Format
 from autoprec.plan import Plan
-from autoprec.probe.cache import ResultCache, device_name
+from autoprec.probe.cache import ResultCache
 from autoprec.probe.clock import Clock
 from autoprec.probe.compare import Ratio, summarise
+from autoprec.probe.device import device_name
 from autoprec.probe.direct import halved, measured_drops, one_example_of, weight_errors
 from autoprec.probe.findings import Finding, Findings, vetoes_of
 from autoprec.probe.numerics import GradientNumerics, gradient_numerics
@@ -82,6 +83,8 @@ def probe_sensitivity(
     units = units or probe_units(workload.model, model_id=workload.model_id)
     kept = ResultCache.of(workload, units, seconds, seed) if cache else None
     known = kept.read() if kept else None
+    if known is not None:  # kept by what decides the arithmetic; the name is that of the device's profile
+        known = dataclasses.replace(known, device=device_name(device_of(workload.model)))
     missing = [f for f in wanted if known is None or f not in known.formats]
     if known is not None and not missing:
         return _only(known, wanted)

@@ -19,7 +19,7 @@ from autoprec import __version__
 from autoprec.errors import AutoprecError
 from autoprec.files import as_json, from_json, read_json, write_json
 from autoprec.formats import Format
-from autoprec.probe.cache import cache_folder, device_name
+from autoprec.probe.cache import arithmetic_of, cache_folder
 from autoprec.probe.host import cpu_name, driver_version
 from autoprec.records import Estimate, Mode
 from autoprec.records.figures import STRICT
@@ -68,7 +68,7 @@ class ShapeCache:
         parts = {
             "autoprec": __version__,
             "torch": torch.__version__,
-            "device": device_name(device),
+            "device": arithmetic_of(device),
             "driver": cpu_name() if device.type == "cpu" else driver_version(),
             "threads": torch.get_num_threads(),
             "mode": mode,

@@ -16,9 +16,9 @@ from autoprec import __version__
 from autoprec.errors import MeasurementError, first_line
 from autoprec.formats import Format
 from autoprec.probe.arrival import Part, arrival
-from autoprec.probe.cache import device_name
 from autoprec.probe.calls import record_calls
 from autoprec.probe.clock import Clock
+from autoprec.probe.device import device_name
 from autoprec.probe.rates import median_interval
 from autoprec.probe.replay import repeatable
 from autoprec.probe.shapecache import ShapeCache

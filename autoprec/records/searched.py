@@ -22,6 +22,7 @@ __all__ = [
     "Removal",
     "SearchResult",
     "SearchSetting",
+    "Standing",
     "Step",
     "Verdict",
     "VerdictDecision",
@@ -195,6 +196,19 @@ class SearchResult(Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What a running search has so far: times on one clock, nothing confirmed on unseen batches."""
+
+    baselines: tuple[Measurement, ...]
+    front: tuple[Measurement, ...]
+    #: index of `front`: the plan to use if the search ended now; None where that is FP32
+    chosen: int | None
+    trials: int
+    limit: str  #: the largest drop asked for, as '0.25%'
+    drop_unit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """One line of news from a running search, for whoever shows it."""
 
@@ -205,3 +219,5 @@ class Progress:
     eta_seconds: float | None = None
     trial: int | None = None
     measurement: Measurement | None = None
+    #: beside each piece of news from the first measurement on
+    standing: Standing | None = None

@@ -17,9 +17,10 @@ from autoprec.records import (
     KernelRow,
     Measurement,
     OpKind,
+    Origin,
     Verification,
 )
-from autoprec.report.figures import bytes_text, drop_unit, interval, number, origin_note
+from autoprec.report.figures import bytes_text, drop_unit, interval, number, origin_note, where_from
 from autoprec.report.grouping import Run, runs
 from autoprec.report.layout import Column, print_heading, print_line, print_table
 from autoprec.report.trained import print_training
@@ -32,7 +33,8 @@ _KERNELS = 10  #: kernels shown; the JSON has all
 
 def print_verification(console: Console, found: Verification) -> None:
     """Print what a plan does here: its figures beside those it came with, the audit, warnings, the verdict."""
-    print_heading(console, f"Plan for {found.model_id}, measured again", f"{found.mode}, on {found.device}")
+    where = f"{found.mode}, on {found.device}; {where_from([found.measurement])}"
+    print_heading(console, f"Plan for {found.model_id}, measured again", where)
     columns: list[Column] = [("figure", "left"), ("here", "right"), ("the plan says", "right"), ("", "left")]
     print_table(console, columns, _figures(found))
     if found.measurement.reason:
@@ -41,7 +43,7 @@ def print_verification(console: Console, found: Verification) -> None:
     print_audit(console, found.audit)
     if found.training is not None:
         console.print()
-        print_training(console, found.training)
+        print_training(console, found.training, found.measurement.origin.drop or Origin.MEASURED)
     for warning in found.warnings:
         print_line(console, f"note: {warning}")
     console.print()
@@ -58,7 +60,7 @@ def _figures(found: Verification) -> list[list[str]]:
     here = {
         "drop": (f"drop, {unit}", interval(m.drop, m.drop_ci95) + origin_note(m.origin.drop)),
         "drop %": ("drop, %", percent),
-        "gradient": ("gradient error", _gradient(m)),
+        "gradient": ("gradient error, relative squared", _gradient(m)),
         "speedup": ("speedup", interval(m.speedup, m.speedup_ci95, suffix="x") + origin_note(m.origin.step_ms)),
         "step_ms": ("step, ms", interval(m.step_ms, m.step_ms_ci95) + origin_note(m.origin.step_ms)),
         "peak_bytes": ("peak", _bytes(m.peak_bytes) + origin_note(m.origin.peak_bytes)),
@@ -83,7 +85,7 @@ def _said(check: Check | None) -> list[str]:
         return ["-", ""]
     value = bytes_text(check.said.value) if check.said.unit == "bytes" else interval(check.said.value, check.said.ci95)
     reason = f": {check.reason}" if check.reason and check.outcome is CheckOutcome.NOT_COMPARED else ""
-    return [value + origin_note(check.said.origin), f"{check.outcome}{reason}"]
+    return [f"{value} ({check.said.origin})", f"{check.outcome}{reason}"]
 
 
 def print_audit(console: Console, report: AuditReport) -> None:
@@ -91,7 +93,7 @@ def print_audit(console: Console, report: AuditReport) -> None:
     passes = "forward and backward" if report.backward else "forward"
     wrong = len(report.disagreements)
     state = "every unit ran as planned" if not wrong else f"{wrong} disagreement{'s' * (wrong > 1)}"
-    print_heading(console, "Audit of one step", f"{passes}, on {report.device}: {state}")
+    print_heading(console, "Audit of one step", f"{passes}, measured on {report.device}: {state}")
     columns: list[Column] = [("unit", "left"), ("planned", "left"), ("ran", "left"), ("attention", "left")]
     columns += [("casts", "right"), ("as planned", "left")]
     print_table(console, columns, [_cells(run) for run in runs(_lines(report), lambda x: x.name, _alike)])
@@ -180,7 +182,7 @@ def _kernels(console: Console, kernels: Sequence[KernelRow]) -> None:
         return
     total = sum(kernel.ms for kernel in kernels)
     names = dict.fromkeys(kernel.name for kernel in kernels)
-    print_heading(console, "Kernels", f"{len(names)} by name, {number(total)} ms; the longest:")
-    columns: list[Column] = [("unit", "left"), ("kernel", "left"), ("calls", "right"), ("ms", "right")]
+    print_heading(console, "Kernels", f"{len(names)} by name, {number(total)} ms, measured; the longest:")
+    columns: list[Column] = [("unit", "left"), ("kernel", "left"), ("calls", "right"), ("time, ms", "right")]
     shown = [[k.unit or "outside units", k.name, str(k.calls), number(k.ms)] for k in kernels[:_KERNELS]]
     print_table(console, columns, shown)

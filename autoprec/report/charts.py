@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoprec.records import Measurement, Origin
+from autoprec.records import Measurement
 from autoprec.report.figures import bytes_text, interval, number, origin_note, plain
 from autoprec.report.grouping import runs
 
@@ -25,7 +25,6 @@ __all__ = [
     "hover",
     "interval_bars",
     "log_axis",
-    "origins",
     "positive_floor",
     "time_axis",
 ]
@@ -76,7 +75,7 @@ def time_axis(title: str, times: Sequence[float]) -> Data:
         powers = range(math.floor(math.log10(min(times))) - 1, math.ceil(math.log10(max(times))) + 1)
         digits = (1, 2, 5) if max(times) > 2 * _SPREAD * min(times) else (1, 1.5, 2, 3, 5, 7)
         ticks = [digit * 10.0**power for power in powers for digit in digits]
-        return axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:.3g}" for tick in ticks])
+        return axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return axis(title)
 
 
@@ -97,11 +96,6 @@ def interval_bars(values: Sequence[float], intervals: Sequence[tuple[float, floa
         "thickness": 1,
         "width": 0,
     }
-
-
-def origins(found: Iterable[Origin | None]) -> str:
-    """Return the origins of an axis's figures: 'measured', or 'emulated, predicted'."""
-    return ", ".join(dict.fromkeys(str(o) for o in found if o is not None)) or "origin not recorded"
 
 
 def hover(m: Measurement, unit: str) -> str:

@@ -15,6 +15,8 @@ __all__ = ["Row", "figure_rows", "print_comparison", "target_titles", "trained_r
 
 #: characters of a column of titles, and of one of figures with their intervals
 _TITLE, _CELL = 24, 19
+#: what stands for the origin of a figure that has none beside it
+_MEASURED = "measured where nothing else is said"
 
 #: title of a row, and what it says of a plan
 Row = tuple[str, Callable[[ComparedPlan], str]]
@@ -23,13 +25,14 @@ Row = tuple[str, Callable[[ComparedPlan], str]]
 def print_comparison(console: Console, found: PlanComparison) -> None:
     """Print plans side by side: figures with intervals and origins, training over seeds, targets, what is not known."""
     size = "" if found.batches is None else f", {found.batches} batches"
-    print_heading(console, f"Plans for {found.model_id}", f"{found.mode}, on {found.device}{size}")
+    print_heading(console, f"Plans for {found.model_id}", f"{found.mode}, on {found.device}{size}; {_MEASURED}")
     wide = max(1, (console.width - INDENT - _TITLE) // (_CELL + 2))
     rows = [found.reference, *found.plans]
     for start in range(0, len(rows), wide):
         _print_rows(console, rows[start : start + wide], figure_rows(found))
     if found.training is not None:
-        words = f"{found.training.steps} steps, {found.training.seeds} seeds, {', '.join(found.training.notes)}"
+        one = found.training
+        words = ", ".join((f"{one.steps} steps", f"{one.seeds} seeds", *one.notes)) + f"; {_MEASURED}"
         print_heading(console, "Trained beside FP32", words)
         shown = [row for row in rows if row.trained is not None]
         for start in range(0, len(shown), wide):

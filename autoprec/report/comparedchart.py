@@ -13,12 +13,11 @@ from autoprec.report.charts import (
     harmless,
     interval_bars,
     log_axis,
-    origins,
     positive_floor,
     time_axis,
 )
 from autoprec.report.comparedhead import drop_target, fastest_kept
-from autoprec.report.figures import figure_text, format_counts, number
+from autoprec.report.figures import figure_text, format_counts, number, origins
 
 __all__ = ["plans_chart", "seeds_chart"]
 

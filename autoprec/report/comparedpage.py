@@ -7,10 +7,10 @@ from pathlib import Path
 
 from autoprec.files import write_atomic
 from autoprec.records import ComparedPlan, PlanComparison
-from autoprec.report.charts import origins
 from autoprec.report.compared import Row, figure_rows, target_titles, trained_rows
 from autoprec.report.comparedchart import plans_chart, seeds_chart
 from autoprec.report.comparedhead import answer_of, fastest_kept
+from autoprec.report.figures import origins
 from autoprec.report.html import whole_page
 from autoprec.report.tables import Fact, PlainTable
 from autoprec.report.trainingchart import training_charts

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 
 from autoprec.records import Measurement
-from autoprec.report.charts import Chart, Data, axis, harmless, log_axis, origins, time_axis
-from autoprec.report.figures import number, origin_note
+from autoprec.report.charts import Chart, Data, axis, harmless, log_axis, time_axis
+from autoprec.report.figures import number, origin_note, origins
 from autoprec.report.run import Run
 
 __all__ = ["convergence_chart", "drop_fit_chart", "time_fit_chart"]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from autoprec.formats import Format, Fp8Family, layout
+from autoprec.quantities import SMALL, number
 from autoprec.records import Figure, Measurement, Origin
 
 __all__ = [
@@ -20,24 +21,13 @@ __all__ = [
     "megabytes",
     "number",
     "origin_note",
+    "origins",
     "plain",
     "value_text",
+    "where_from",
 ]
 
 Interval = tuple[float, float] | None
-
-_SMALL = 1e-4  #: below this, zeros after the point are harder to read than an exponent
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Return `value` with `digits` significant digits, written out where that is short: 0.00123, 412, 3.1e-7."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
-    if abs(value) >= _SMALL and size < 7:
-        return f"{value:.{max(0, digits - 1 - size)}f}"
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
 
 
 def interval(value: float | None, ci95: Interval = None, *, digits: int = 3, suffix: str = "") -> str:
@@ -50,7 +40,7 @@ def interval(value: float | None, ci95: Interval = None, *, digits: int = 3, suf
     half = (high - low) / 2
     # a tenth of the half-width is below what two digits of it can show
     if abs((high + low) / 2 - value) <= 0.1 * half:
-        if abs(value) < _SMALL:
+        if abs(value) < SMALL:
             return f"{number(value, digits)}{suffix} ±{number(half, 2)}"
         # value and half-width end at the same place: two digits of the half-width, but no more than `digits` + 2
         places = min(1 - math.floor(math.log10(half)), digits + 1 - math.floor(math.log10(abs(value))))
@@ -59,7 +49,9 @@ def interval(value: float | None, ci95: Interval = None, *, digits: int = 3, suf
 
 
 def figure_text(figure: Figure) -> str:
-    """Return a figure with its unit and interval, without its origin."""
+    """Return a figure with its unit and interval, without its origin; an amount of memory without interval."""
+    if figure.unit == "bytes":
+        return bytes_text(figure.value)
     return interval(figure.value, figure.ci95, suffix=_suffix(figure))
 
 
@@ -75,6 +67,19 @@ def _suffix(figure: Figure) -> str:
 def origin_note(origin: Origin | None) -> str:
     """Return ' (emulated)' and the like; '' for what was measured here or has no origin."""
     return "" if origin in (None, Origin.MEASURED) else f" ({origin})"
+
+
+def origins(found: Iterable[Origin | None]) -> str:
+    """Return the origins of several figures: 'measured', or 'emulated, predicted'."""
+    return ", ".join(dict.fromkeys(str(o) for o in found if o is not None)) or "origin not recorded"
+
+
+def where_from(found: Iterable[Measurement]) -> str:
+    """Return the origins of measurements' drops and times: 'measured', or 'drops emulated, times predicted'."""
+    known = [m for m in found if m.drop is not None or m.step_ms is not None]
+    drops, times = origins(m.origin.drop for m in known), origins(m.origin.step_ms for m in known)
+    drops, times = drops.replace(", ", " and "), times.replace(", ", " and ")
+    return drops if drops == times else f"drops {drops}, times {times}"
 
 
 def megabytes(count: int | None) -> str:

@@ -13,11 +13,10 @@ from autoprec.report.charts import (
     hover,
     interval_bars,
     log_axis,
-    origins,
     positive_floor,
     time_axis,
 )
-from autoprec.report.figures import number
+from autoprec.report.figures import number, origins
 from autoprec.report.run import Run
 
 __all__ = ["front_chart"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 from autoprec.records import Measurement, MemoryParts, Origin
-from autoprec.report.charts import NAME, Chart, Data, axis, harmless, origins
-from autoprec.report.figures import bytes_text
+from autoprec.report.charts import NAME, Chart, Data, axis, harmless
+from autoprec.report.figures import bytes_text, origins
 from autoprec.report.run import Run
 
 __all__ = ["memory_chart"]

@@ -116,9 +116,9 @@ def _evidence(plan: Plan) -> dict[str, str]:
 
 def _figure(figure: Figure) -> str:
     if figure.unit == "bytes":
-        return f"{megabytes(round(figure.value))} MB{origin_note(figure.origin)}"
+        return f"{megabytes(round(figure.value))} MB ({figure.origin})"
     text = interval(figure.value, figure.ci95)
-    return f"{text} {figure.unit}{origin_note(figure.origin)}"
+    return f"{text} {figure.unit} ({figure.origin})"
 
 
 def fact_lines(facts: Mapping[str, Any]) -> list[str]:

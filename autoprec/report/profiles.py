@@ -23,7 +23,7 @@ def print_device(console: Console, profile: DeviceProfile, *, here: bool = True)
     columns: list[Column] = [("format", "left"), ("bits", "left"), ("support", "left")]
     columns += [(f"TFLOP/s at {size}", "right") for size in sizes]
     columns += [(f"x fp32 at {sizes[-1]}", "right")] if sizes else []
-    columns += [("peak TFLOP/s", "right")] if profile.peak_tflops else []
+    columns += [(f"peak TFLOP/s ({Origin.DATASHEET})", "right")] if profile.peak_tflops else []
     rows = []
     for choice in Format:
         row = [choice.value, layout_text(choice, profile.fp8_family), profile.supports(choice).value]

@@ -9,7 +9,7 @@ from rich.console import Console
 from autoprec.formats import Format
 from autoprec.quantities import duration_text
 from autoprec.records import Estimate, Mode, Role, SensitivityProfile, Unit, UnitDrop
-from autoprec.report.figures import number
+from autoprec.report.figures import number, origins
 from autoprec.report.grouping import few
 from autoprec.report.layout import Column, print_heading, print_line, print_table
 
@@ -26,7 +26,8 @@ def print_sensitivity(console: Console, profile: SensitivityProfile, units: Sequ
         console,
         f"Sensitivity of {profile.model_id}",
         f"{profile.mode}, {profile.replayed_positions} counted positions, {profile.passes} passes, "
-        f"{duration_text(profile.seconds)}; each unit alone in a format, all else in fp32",
+        f"{duration_text(profile.seconds)}; each unit alone in a format, all else in fp32; "
+        f"{origins(row.drop.origin for row in profile.drops)}",
     )
     order = sorted(units, key=lambda u: tuple(-_drop(profile, u, f) for f in reversed(profile.formats)))
     columns: list[Column] = [("unit", "left")]
@@ -88,7 +89,8 @@ def _print_gradients(console: Console, profile: SensitivityProfile) -> None:
     if profile.mode is not Mode.TRAIN or not profile.numerics:
         return
     worst = sorted(profile.numerics, key=lambda n: -(n.grad_error or 0.0))
-    print_heading(console, "Weight gradients", "the unit's own, from the same input and incoming gradient; worst first")
+    how = f"the unit's own, {_replayed(profile)} from the same input and incoming gradient; worst first"
+    print_heading(console, "Weight gradients", how)
     rows = [
         [
             n.unit,
@@ -100,12 +102,18 @@ def _print_gradients(console: Console, profile: SensitivityProfile) -> None:
         ]
         for n in worst[:_GRADIENT_ROWS]
     ]
-    columns: list[Column] = [("unit", "left"), ("format", "left"), ("error, of the whole gradient", "right")]
+    columns: list[Column] = [("unit", "left"), ("format", "left"), ("error, share of the whole gradient", "right")]
     print_table(console, [*columns, ("cosine", "right"), ("underflow", "right"), ("overflow", "right")], rows)
     if len(worst) > _GRADIENT_ROWS:
         print_line(console, f"and {len(worst) - _GRADIENT_ROWS} more in the JSON")
     if profile.loss_scale is not None:
         print_line(console, f"loss scale for fp16, to begin with: {profile.loss_scale:.0f}")
+
+
+def _replayed(profile: SensitivityProfile) -> str:
+    """Return where figures of replayed gradients are from: as the drops of the same replay."""
+    shown = {row.format for row in profile.numerics}
+    return origins(row.drop.origin for row in profile.drops if row.format in shown)
 
 
 def _print_warnings(console: Console, profile: SensitivityProfile) -> None:

@@ -22,7 +22,7 @@ def print_speed(console: Console, profile: SpeedProfile) -> None:
         console,
         f"Times of {profile.model_id}",
         f"{profile.mode}, {profile.tokens} tokens a step, {step} ms in fp32, {duration_text(profile.seconds)}; "
-        "each unit timed alone",
+        f"each unit timed alone; {reference.origin}",
     )
     times = {(row.unit, row.format): row for row in profile.times}
     units = [row for row in profile.times if row.format is Format.FP32]

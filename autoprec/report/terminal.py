@@ -12,7 +12,7 @@ from rich.text import Text
 
 from autoprec.formats import Format
 from autoprec.quantities import duration_text
-from autoprec.records import Measurement, SearchResult
+from autoprec.records import Measurement, Origin, SearchResult
 from autoprec.report.figures import (
     bytes_text,
     drop_unit,
@@ -22,6 +22,7 @@ from autoprec.report.figures import (
     number,
     origin_note,
     plain,
+    where_from,
 )
 from autoprec.report.layout import Column, print_heading, print_line, print_table
 from autoprec.report.plans import fact_lines, print_plan
@@ -53,15 +54,16 @@ def print_result(console: Console, result: SearchResult) -> None:
         console, f"Search of {result.model_id}", f"{result.mode}, on {result.device}, limit {result.max_drop}"
     )
     print_line(console, f"reference: {_reference(result.reference)}")
-    print_heading(console, "Baselines")
     done = [m for m in result.baselines if m.step_ms is not None or m.drop is not None]
+    print_heading(console, "Baselines", where_from(done) if done else "")
     if done:
         print_table(console, _columns(unit)[1:], [_row("", m)[1:] for m in done])
     for stopped in result.baselines:
         if stopped.reason:
             print_line(console, f"{stopped.name}: {stopped.reason}")
     length = f"{result.trials} trials, {duration_text(result.seconds)}"
-    print_heading(console, "Front", f"no plan measured beats one of these in both drop and step ({length})")
+    where = f"; {where_from(result.front)}" if result.front else ""
+    print_heading(console, "Front", f"no plan measured beats one of these in both drop and step ({length}){where}")
     rows = [_row(f"{'>' if i == result.chosen else ' '}{i + 1}", m) for i, m in enumerate(result.front)]
     print_table(console, _columns(unit), rows, marked=result.chosen)
     if result.chosen is not None:
@@ -104,8 +106,9 @@ def _row(mark: str, m: Measurement) -> list[str]:
 
 def _reference(m: Measurement) -> str:
     figures = [m.name]
+    here = f" ({m.origin.step_ms})" if m.origin.step_ms is Origin.MEASURED else origin_note(m.origin.step_ms)
     if m.step_ms is not None:
-        figures.append(f"{interval(m.step_ms, m.step_ms_ci95)} ms a step{origin_note(m.origin.step_ms)}")
+        figures.append(f"{interval(m.step_ms, m.step_ms_ci95)} ms a step{here}")
     if m.peak_bytes is not None:
         figures.append(f"peak {megabytes(m.peak_bytes)} MB{origin_note(m.origin.peak_bytes)}")
     if m.metric is not None:
@@ -152,10 +155,11 @@ def _bound(console: Console, result: SearchResult, unit: str) -> None:
 
 def _confirmations(console: Console, result: SearchResult, unit: str) -> None:
     """Print what came of plans on batches that the search had not used."""
+    known = {m.name: m.origin.drop for m in (*result.baselines, *result.front)}
     for one in result.confirmed:
-        figures = ""
+        figures, where = "", f" ({known[one.name]})" if known.get(one.name) else ""
         if one.drop is not None and one.low is not None and one.high is not None:
-            figures = f", drop {number(one.drop)} {unit}, between {number(one.low)} and {number(one.high)}"
+            figures = f", drop {number(one.drop)} {unit}, between {number(one.low)} and {number(one.high)}{where}"
         print_line(console, f"confirmation of {one.name}: {one.answer}{figures} ({one.batches} unseen batches)")
     for note in result.notes:
         print_line(console, f"note: {note}")
@@ -167,7 +171,9 @@ def print_explained(console: Console, result: SearchResult) -> None:
         return
     unit = drop_unit((*result.baselines, *result.front))
     print_heading(
-        console, "Why", "each unit's drop and the time it adds to FP32, as learnt from the trials of the space"
+        console,
+        "Why",
+        "each unit's drop and the time it adds to FP32, predicted: as learnt from the space's trials",
     )
     columns: list[Column] = [
         ("unit", "left"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 
 from autoprec.formats import Format
-from autoprec.report.charts import Chart, Data, axis, harmless, interval_bars, log_axis, origins, positive_floor
+from autoprec.report.charts import Chart, Data, axis, harmless, interval_bars, log_axis, positive_floor
+from autoprec.report.figures import origins
 from autoprec.report.run import Run
 
 __all__ = ["unit_drop_chart", "unit_time_chart"]

@@ -32,6 +32,7 @@ from torch import nn
 from autoprec.errors import TrainingError, UsageError
 from autoprec.formats import FP16, Format, layout
 from autoprec.plan import Plan
+from autoprec.quantities import number
 from autoprec.runtime.attach import Applied
 from autoprec.runtime.identity import canonical_modules
 from autoprec.runtime.watching import Reading, Watch
@@ -247,7 +248,7 @@ def _what(plan: Plan, reading: Reading, limits: TripwireLimits, scale: float | N
     if math.isinf(reading.largest_output):
         return "a result is not finite"
     if result is Format.FP16 and reading.largest_output > most:
-        return f"a result of {reading.largest_output:.3g} is over 1/{1 / limits.range_part:.0f} of {FP16.max:.0f}"
+        return f"a result of {number(reading.largest_output)} is over 1/{1 / limits.range_part:.0f} of {FP16.max:.0f}"
     if math.isinf(reading.largest_gradient or 0.0) and (scale is None or scale <= limits.least_scale):
         return "a gradient is not finite"
     if reading.format in (Format.FP16, Format.FP8) and (reading.underflow or 0.0) > limits.underflow:

@@ -10,7 +10,10 @@ from autoprec.plan import Plan
 from autoprec.records import DeviceProfile, Mode, ModelProfile, Role, Support
 from autoprec.study.space import fp8_fault
 
-__all__ = ["Baseline", "baselines"]
+__all__ = ["RECOMMENDED", "Baseline", "baselines"]
+
+#: name of the recommender's plan among the measured: a trial where it lies in the space, else measured beside it
+RECOMMENDED = "recommended"
 
 
 @dataclass(frozen=True, slots=True)

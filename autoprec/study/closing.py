@@ -14,8 +14,9 @@ from autoprec.plan import Plan
 from autoprec.quantities import duration_text
 from autoprec.records import Explained, LargestBatch, Measurement, MemoryBreakdown, SearchResult
 from autoprec.study.appendix import memory_of, unit_times
+from autoprec.study.baselines import RECOMMENDED
 from autoprec.study.confirming import Confirming, confirmed
-from autoprec.study.course import RECOMMENDED, Course
+from autoprec.study.course import Course
 from autoprec.study.explain import explain
 from autoprec.study.finalists import trained_worse
 from autoprec.study.front import measured_front
@@ -42,6 +43,7 @@ def _confirm(course: Course) -> None:
     course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far", course.confirm_seconds)
     setting = Confirming(
         unseen=course.unseen,
+        drop_unit=course.drop_unit,
         limit=course.limit_value,
         earlier=[m.batch_drops for m in rows if m.batch_drops],
         plan_of=partial(_plan_of, course),
@@ -76,7 +78,13 @@ def _finish(course: Course, teach: bool = False) -> SearchResult:
     if bound:
         bound["step_ms"] *= clock
     outcome = outcome_of(
-        course.measured(), course.plans.names, course.limit, seconds, course.confirmed, course.unconfirmed
+        course.measured(),
+        course.plans.names,
+        course.limit,
+        seconds,
+        course.confirmed,
+        course.unconfirmed,
+        course.beside,
     )
     plan_path = course.folder.path / "plan.json"
     if outcome.best is not None:
@@ -141,6 +149,7 @@ def _explained(course: Course, best: Measurement | None, clock: float) -> tuple[
         course.known,
         limit=course.limit_value,
         step_ms=best.step_ms,
+        drop_unit=course.drop_unit,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoprec.errors import UsageError
+from autoprec.quantities import number
 from autoprec.study.race import FIRST_LOOK, FLOOR, Answer, Bounds, Spread, checked, drop_bounds, look
 
 __all__ = ["Candidate", "Confirmation", "Try", "Unmeasurable", "attempts", "confirm", "spending"]
@@ -77,7 +78,12 @@ def confirm(
 
 
 def attempts(
-    candidates: Iterable[Candidate], limit: float, batches: int, *, weights: Sequence[float] | None = None
+    candidates: Iterable[Candidate],
+    limit: float,
+    batches: int,
+    *,
+    weights: Sequence[float] | None = None,
+    unit: str = "nats",
 ) -> Iterator[Try]:
     """Try plans in order, on batches that neither probe nor search has used, until one is shown to be within the limit.
 
@@ -89,6 +95,7 @@ def attempts(
         limit: of the mean drop, in the drop's unit.
         batches: how many there are.
         weights: counted positions of all `batches`, which are to be known beforehand; default: equal.
+        unit: of drops, for what is said of them.
 
     Raises:
         UsageError: the limit is not a number above 0.
@@ -97,13 +104,13 @@ def attempts(
     if len(weigh) != batches:
         raise UsageError(f"{batches} batches have {len(weigh)} weights; give one weight a batch.")
     for k, candidate in enumerate(candidates):
-        found = _try(candidate, checked(limit), spending(k), weigh)
+        found = _try(candidate, checked(limit), spending(k), weigh, unit)
         yield found
         if found.answer is Answer.WITHIN:
             return
 
 
-def _try(candidate: Candidate, limit: float, level: float, weights: Sequence[float]) -> Try:
+def _try(candidate: Candidate, limit: float, level: float, weights: Sequence[float], unit: str) -> Try:
     name, spread, planned = candidate.name, candidate.spread, sum(w > 0 for w in weights)
     drops, weigh, answer = np.empty(0), np.empty(0), Answer.OPEN
     for batch, weight in enumerate(weights):
@@ -124,14 +131,16 @@ def _try(candidate: Candidate, limit: float, level: float, weights: Sequence[flo
     )
     if answer is Answer.WITHIN and candidate.also is not None and (reason := candidate.also()):
         return Try(name, Answer.ABOVE, bounds, len(drops), level, reason)
-    return Try(name, answer, bounds, len(drops), level, _reason(answer, bounds, limit, len(drops)))
+    return Try(name, answer, bounds, len(drops), level, _reason(answer, bounds, limit, len(drops), unit))
 
 
-def _reason(answer: Answer, bounds: Bounds | None, limit: float, batches: int) -> str | None:
+def _reason(answer: Answer, bounds: Bounds | None, limit: float, batches: int, unit: str) -> str | None:
     if answer is Answer.WITHIN:
         return None
     if bounds is None:
         return f"{batches} batches are too few to tell; give at least {FIRST_LOOK}"
     if answer is Answer.ABOVE:
-        return f"its mean drop, {bounds.mean:.3g} on {batches} batches, is above the limit of {limit:.3g}"
-    return f"{batches} batches do not tell: its drop may be up to {bounds.upper:.3g}, the limit is {limit:.3g}"
+        mean = f"{number(bounds.mean)} {unit} on {batches} batches"
+        return f"its mean drop, {mean}, is above the limit of {number(limit)} {unit}"
+    upper = f"{number(bounds.upper)} {unit}"
+    return f"{batches} batches do not tell: its drop may be up to {upper}, the limit is {number(limit)} {unit}"

@@ -41,6 +41,7 @@ class Confirming:
     unseen: Workload
     limit: float
     earlier: Sequence[Sequence[float]]
+    drop_unit: str
     plan_of: Callable[[Measurement], Plan]
     has_time: Callable[[], bool]
     #: None: in this process
@@ -84,7 +85,7 @@ def confirmed(setting: Confirming, wanted: Iterator[Measurement]) -> tuple[tuple
     weights = [float(setting.unseen.tokens(batch)) for batch in setting.unseen.batches]
     candidates = (setting.candidate(found) for found in wanted)
     try:
-        for one in attempts(candidates, setting.limit, len(weights), weights=weights):
+        for one in attempts(candidates, setting.limit, len(weights), weights=weights, unit=setting.drop_unit):
             tries.append(_record(one))
     except OutOfTime:
         return tuple(tries), "the budget ended before a plan was confirmed on unseen batches"

@@ -34,9 +34,10 @@ from autoprec.records import (
     SearchSetting,
     SensitivityProfile,
     SpeedProfile,
+    Standing,
     TrainingConfirmation,
 )
-from autoprec.study.baselines import Baseline
+from autoprec.study.baselines import RECOMMENDED, Baseline
 from autoprec.study.budget import Budget
 from autoprec.study.crew import Crew
 from autoprec.study.folder import RunFolder
@@ -44,6 +45,7 @@ from autoprec.study.knowledge import drop_priors, forecast_priors, sensitivity_o
 from autoprec.study.ledger import Ledger
 from autoprec.study.measuring import Outcome, outcome_of
 from autoprec.study.opening import open_ledger
+from autoprec.study.outcome import standing_of
 from autoprec.study.protocol import Hopeless
 from autoprec.study.sampler import FrontSampler
 from autoprec.study.space import SearchSpace, describe
@@ -60,8 +62,8 @@ _STOP_SLOWER = 3.0
 _FAULTS = 5
 #: proposals in a row that were measured before, after which the space counts as seen
 _STALE = 200
-#: name of the recommender's plan among the measured
-RECOMMENDED = "recommended"
+#: stages whose news tell what there is so far, beside each measurement
+_STANDING = ("baselines", "search", "confirmation")
 #: so many proposals in a row that are expected to add less than this share of the area under the corner end a search,
 #: where no plan within the limit is predicted to be faster by more than what counts as the same
 _IDLE, _NO_GAIN = 3, 1e-3
@@ -469,8 +471,22 @@ class Course:
                 eta_seconds=eta,
                 trial=trial,
                 measurement=measurement,
+                standing=self._standing() if measurement is not None or stage in _STANDING else None,
             )
         )
+
+    def _standing(self) -> Standing | None:
+        """Return what there is so far; None before the reference is measured."""
+        if self.ledger.reference is None:
+            return None
+        return standing_of(
+            self.ledger.reference, self.measured(), self.plans.names, self.limit, self.drop_unit, beside=self.beside
+        )
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """Names of what is no trial: the baselines, and the recommended plan where the space lacks it."""
+        return frozenset(row.measurement.name for row in self.ledger.rows if row.trial is None)
 
 
 def _twice(assignment: Mapping[str, Format]) -> Measurement:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autoprec.formats import Format
+from autoprec.quantities import number
 from autoprec.records import Estimate, Explained, Origin, SensitivityProfile, Step
 from autoprec.study.sampler import Believed
 from autoprec.study.space import SearchSpace
@@ -23,6 +24,7 @@ def explain(
     *,
     limit: float,
     step_ms: float,
+    drop_unit: str = "nats",
 ) -> tuple[Explained, ...]:
     """Return one row a decision of the space, in its order; empty where the space does not hold the assignment.
 
@@ -57,7 +59,7 @@ def explain(
                 time_share=max(saved[name], 0.0) / gain if gain > 0 else 0.0,
                 wider=wider,
                 narrower=narrower,
-                reason=_reason(choice, wider, narrower, total, limit, _NOTHING * step_ms),
+                reason=_reason(choice, wider, narrower, total, limit, _NOTHING * step_ms, drop_unit),
             )
         )
     return tuple(found)
@@ -85,22 +87,24 @@ def _probed(known: SensitivityProfile | None, units: tuple[str, ...], choice: Fo
 
 
 def _reason(
-    choice: Format, wider: Step | None, narrower: Step | None, total: float, limit: float, none_ms: float
+    choice: Format, wider: Step | None, narrower: Step | None, total: float, limit: float, none_ms: float, unit: str
 ) -> str:
     """Say in a sentence why not wider and why not narrower."""
     if narrower is None and wider is None:
         return f"{choice} is its only format"
     parts = []
     if wider is not None:
+        drop = f"{number(-wider.drop)} {unit} of drop"
         if wider.time_ms <= none_ms:
-            parts.append(f"{wider.format} would cost no time and save {-wider.drop:.3g} of drop")
+            parts.append(f"{wider.format} would cost no time and save {drop}")
         else:
-            parts.append(f"{wider.format} would cost {wider.time_ms:.3g} ms to save {-wider.drop:.3g} of drop")
+            parts.append(f"{wider.format} would cost {number(wider.time_ms)} ms to save {drop}")
     if narrower is not None:
         if narrower.time_ms >= -none_ms:
             parts.append(f"{narrower.format} would save no time")
         elif total + narrower.drop > limit:
-            parts.append(f"{narrower.format} would save {-narrower.time_ms:.3g} ms and pass the limit")
+            parts.append(f"{narrower.format} would save {number(-narrower.time_ms)} ms and pass the limit")
         else:
-            parts.append(f"{narrower.format} would save {-narrower.time_ms:.3g} ms for {narrower.drop:.3g} more drop")
+            drop = f"{number(narrower.drop)} {unit} more drop"
+            parts.append(f"{narrower.format} would save {number(-narrower.time_ms)} ms for {drop}")
     return "; ".join(parts)

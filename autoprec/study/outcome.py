@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from autoprec.plan import Evidence
 from autoprec.quantities import DropLimit
-from autoprec.records import Confirmed, DeviceProfile, Figure, Measurement, Origin, Verdict
+from autoprec.records import Confirmed, DeviceProfile, Figure, Measurement, Origin, Standing, Verdict
 from autoprec.study.front import measured_front
 from autoprec.study.verdict import best_uniform, choose, decide
 
-__all__ = ["Outcome", "evidence", "on_one_clock", "outcome_of"]
+__all__ = ["Outcome", "evidence", "on_one_clock", "outcome_of", "standing_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,7 @@ def outcome_of(
     search_seconds: float,
     confirmed: Sequence[Confirmed] = (),
     unconfirmed: str | None = None,
+    beside: Collection[str] = (),
 ) -> Outcome:
     """Return the outcome of a search.
 
@@ -50,6 +51,8 @@ def outcome_of(
         baselines: names of those of the measurements that are baselines.
         confirmed: plans tried on unseen batches; one that was not shown to be within the limit is not chosen.
         unconfirmed: why nothing was confirmed, where that could not be settled.
+        beside: names of all that is no trial: the recommended plan stands with the baselines where the space lacks it,
+            but takes a plan file to follow, so that nothing is decided as if it were one of them.
     """
     uniform = best_uniform([m for m in measured if m.name in baselines], limit)
     compared = [_over_uniform(m, uniform) for m in measured]
@@ -62,7 +65,8 @@ def outcome_of(
     picked = None if tried_all else choose(usable, baselines, limit)
     chosen = None if picked is None else front.index(usable[picked])
     verdict = decide(front, chosen, bases, limit, search_seconds / 3600, confirmed, unconfirmed)
-    return Outcome(baselines=bases, front=front, chosen=chosen, verdict=verdict)
+    shown = tuple(m for m in compared if m.name in baselines or m.name in beside)
+    return Outcome(baselines=shown, front=front, chosen=chosen, verdict=verdict)
 
 
 def on_one_clock(measured: Sequence[Measurement]) -> list[Measurement]:
@@ -75,6 +79,28 @@ def on_one_clock(measured: Sequence[Measurement]) -> list[Measurement]:
         return list(measured)
     clock = statistics.median(known)
     return [_with_clock(m, clock) for m in measured]
+
+
+def standing_of(
+    reference: Measurement,
+    measured: Sequence[Measurement],
+    baselines: Collection[str],
+    limit: DropLimit,
+    drop_unit: str,
+    *,
+    beside: Collection[str],
+) -> Standing:
+    """Return what a search that still runs has so far: as `outcome_of`, with nothing confirmed."""
+    _, *known = on_one_clock([reference, *measured])
+    front = measured_front(known, baselines)
+    return Standing(
+        baselines=tuple(m for m in known if m.name in beside),
+        front=tuple(front),
+        chosen=choose(front, baselines, limit),
+        trials=sum(m.name not in beside for m in known),
+        limit=str(limit),
+        drop_unit=drop_unit,
+    )
 
 
 def _with_clock(found: Measurement, clock: float) -> Measurement:

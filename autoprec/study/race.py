@@ -23,6 +23,7 @@ from scipy import special, stats
 from scipy.optimize import brentq
 
 from autoprec.errors import UsageError
+from autoprec.quantities import number
 
 __all__ = [
     "FIRST_LOOK",
@@ -307,5 +308,5 @@ def counted(drops: Sequence[float], weights: Sequence[float] | None) -> tuple[Ar
 
 def checked(limit: float) -> float:
     if not 0.0 < limit < math.inf:
-        raise UsageError(f"a drop cannot be judged by the limit {limit:g}; give a number above 0.")
+        raise UsageError(f"a drop cannot be judged by the limit {number(limit)}; give a number above 0.")
     return limit

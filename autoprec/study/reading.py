@@ -31,6 +31,7 @@ from autoprec.records import (
     SpeedProfile,
 )
 from autoprec.report.run import Run, RunRow
+from autoprec.study.baselines import RECOMMENDED
 from autoprec.study.front import measured_front
 from autoprec.study.ledger import known_of
 from autoprec.study.outcome import on_one_clock
@@ -88,7 +89,8 @@ def _fastest(front: Sequence[Measurement], rows: Sequence[RunRow], setting: Sear
 
 
 def _baselines(rows: Sequence[RunRow]) -> set[str]:
-    return {row.measurement.name for row in rows if row.trial is None}
+    """Return the names of the baselines that need no plan file to follow."""
+    return {row.measurement.name for row in rows if row.trial is None} - {RECOMMENDED}
 
 
 def _study(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from autoprec.probe.pacing import SAME
-from autoprec.quantities import DropLimit
+from autoprec.quantities import DropLimit, number
 from autoprec.records import Confirmed, Measurement, Verdict, VerdictDecision
+from autoprec.report.figures import drop_unit
 from autoprec.study.front import feasible
 
 __all__ = ["REFERENCE", "best_uniform", "choose", "decide", "wanted"]
@@ -66,8 +67,9 @@ def decide(
             break_even_hours=None,
         )
     best = front[chosen]
-    figures = f"{_ratio(best)} as fast as FP32, drop {best.drop:.3g} ({best.drop_percent:.2g} %, limit {limit})"
-    figures += _confirmation(best, confirmed, unconfirmed)
+    unit, percent = drop_unit((*baselines, *front)), number(best.drop_percent or 0.0, 2)
+    figures = f"{_ratio(best)} as fast as FP32, drop {number(best.drop or 0.0)} {unit} ({percent} %, limit {limit})"
+    figures += _confirmation(best, confirmed, unconfirmed, unit)
     if best.name in {m.name for m in baselines}:
         return Verdict(
             decision=VerdictDecision.USE_UNIFORM,
@@ -86,10 +88,11 @@ def decide(
     )
 
 
-def _confirmation(best: Measurement, confirmed: Sequence[Confirmed], unconfirmed: str | None) -> str:
+def _confirmation(best: Measurement, confirmed: Sequence[Confirmed], unconfirmed: str | None, unit: str) -> str:
     found = next((one for one in confirmed if one.name == best.name and one.answer == "within"), None)
-    if found is not None and found.drop is not None:
-        return f", confirmed on {found.batches} unseen batches (drop {found.drop:.3g}, at most {found.high:.3g})"
+    if found is not None and found.drop is not None and found.high is not None:
+        drop, most = number(found.drop), number(found.high)
+        return f", confirmed on {found.batches} unseen batches (drop {drop} {unit}, at most {most})"
     return f" ({unconfirmed})" if unconfirmed else ""
 
 
