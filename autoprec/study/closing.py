@@ -68,9 +68,8 @@ def _noted(course: Course, plans: Iterator[Measurement]) -> Iterator[Measurement
 def _finish(course: Course, teach: bool = False) -> SearchResult:
     """Write result.json and, where there is something to do, plan.json; return the result."""
     ledger = course.ledger
-    ledger.reload()  # with what other machines did beside this one
     assert ledger.reference is not None
-    seconds = ledger.before["seconds"] + course.budget.elapsed
+    spent = ledger.sum_up(course.budget.elapsed, course.evaluations)
     bound, before = course.bound(), ledger.reference.step_ms
     ledger.replace(on_one_clock([ledger.reference, *(row.measurement for row in ledger.rows)]))
     # what the sampler believes is on the clock that the trials were told on
@@ -81,7 +80,7 @@ def _finish(course: Course, teach: bool = False) -> SearchResult:
         course.measured(),
         course.plans.names,
         course.limit,
-        seconds,
+        spent["seconds"],
         course.confirmed,
         course.unconfirmed,
         course.beside,
@@ -103,8 +102,8 @@ def _finish(course: Course, teach: bool = False) -> SearchResult:
         chosen=outcome.chosen,
         verdict=outcome.verdict,
         trials=sum(row.trial is not None for row in ledger.rows),
-        evaluations=int(ledger.before["evaluations"]) + course.evaluations,
-        seconds=seconds,
+        evaluations=int(spent["evaluations"]),
+        seconds=spent["seconds"],
         predicted_bound=bound,
         removed=course.space.removed,
         folder=str(course.folder.path),
@@ -210,6 +209,7 @@ def _carry_out(course: Course, trials: int | None, teach: bool) -> SearchResult:
         course.probe()
         course.measure_baselines()
         course.search(trials)
+        course.ledger.refresh()
         _confirm(course)
     except KeyboardInterrupt:
         course.ledger.stop()

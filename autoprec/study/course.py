@@ -5,6 +5,7 @@ It goes on until the budget is spent, or until there is nothing left to gain as 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -58,6 +59,8 @@ _Key: TypeAlias = tuple[tuple[str, str], ...]
 
 #: a plan this many times slower than FP32 is stopped after its first step
 _STOP_SLOWER = 3.0
+#: between looks at what other machines are at
+_LOOK_SECONDS = 1.0
 #: so many measurements in a row that cannot be carried out end a search: then it is not the plans
 _FAULTS = 5
 #: proposals in a row that were measured before, after which the space counts as seen
@@ -125,7 +128,7 @@ class Course:
     #: measurements in a row that could not be carried out at all
     faults: int = 0
     sampler: FrontSampler | None = None
-    _waited_for: str = ""
+    _said: str = ""
     #: what is known, from the moment the study is open
     ledger: Ledger = field(init=False)
 
@@ -218,9 +221,12 @@ class Course:
         """Wait for the baselines that another machine measures."""
         if not self.budget.has_time():
             raise StudyError(f"the budget ended while {by} measured the baselines. Go on with --resume and more of it.")
-        if by != self._waited_for:
-            self.news("baselines", f"waiting for {by}, which measures the baselines for all")
-        self._waited_for = by
+        self._say_once("baselines", f"waiting for {by}, which measures the baselines for all")
+
+    def _say_once(self, stage: str, text: str) -> None:
+        if text != self._said:
+            self.news(stage, text)
+        self._said = text
 
     def _measure_baselines(self) -> None:
         known = {row.measurement.name for row in self.ledger.rows}
@@ -336,6 +342,15 @@ class Course:
                     left = max(0, trials - done - 1) * self.budget.each_seconds / crew.size
                 self.news("search", found.name, left, trial=trial.number, measurement=found)
                 over = over or self._is_over(found, trials, idle)
+            elif (
+                away
+                and not over
+                and trials is not None
+                and done < trials
+                and self.budget.has_time(self.confirm_seconds)
+            ):
+                self._say_once("search", "waiting for trials that other machines are at")
+                time.sleep(_LOOK_SECONDS)
             else:
                 return
 

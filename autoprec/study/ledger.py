@@ -47,23 +47,23 @@ class Ledger:
         # each of several searches at a time counts by itself
         self._spent = f"{_SPENT} {secrets.token_hex(8)}" if machines else _SPENT
         self._read()
-
-    def reload(self) -> None:
-        """Take over what the study holds, where other machines write to it too."""
-        if self._machines:
-            self._read()
+        #: seconds and evaluations of the runs before this one, and of those beside it
+        self.before = self._sums()
 
     def _read(self) -> None:
         with self._writing():
             self.reference, _, self.rows = known_of(self.study)
-            known = self.study.user_attrs
-        sums = [
-            v for k, v in known.items() if k.partition(" ")[0] == _SPENT and not (self._machines and k == self._spent)
-        ]
-        #: seconds and evaluations of the runs before this one, and of those beside it
-        self.before: Mapping[str, float] = {
-            key: sum(one[key] for one in sums) if sums else 0 for key in ("seconds", "evaluations")
-        }
+
+    def _sums(self) -> Mapping[str, float]:
+        with self._writing():
+            known = self.study.user_attrs.items()
+        sums = [one for key, one in known if key.partition(" ")[0] == _SPENT]
+        return {key: sum(one[key] for one in sums) if sums else 0 for key in ("seconds", "evaluations")}
+
+    def sum_up(self, seconds: float, evaluations: int) -> Mapping[str, float]:
+        """Return seconds and evaluations of all runs, this one's among them."""
+        self.spend(seconds, evaluations)
+        return self._sums()
 
     def close(self) -> None:
         """Be no longer one of the study's machines."""
@@ -179,15 +179,20 @@ class Ledger:
         with self._writing():
             if self._machines is None:
                 return self.study.ask(dict(distributions))
-            trial = self._machines.ask()
-            for name, distribution in distributions.items():
-                trial.suggest_categorical(name, distribution.choices)
-            return trial
+            while True:
+                trial = self._machines.ask()
+                try:
+                    for name, distribution in distributions.items():
+                        trial.suggest_categorical(name, distribution.choices)
+                    return trial
+                except UpdateFinishedTrialError:  # this machine slept, and was taken for dead
+                    self._let_go(trial)
 
     def begin(self, trial: Trial, assignment: Mapping[str, Format]) -> None:
         """Say in the study who measures what, where others want to know."""
         if self._machines:
-            with self._writing():
+            # finished by now, it is kept as another one when it is measured
+            with self._writing(), contextlib.suppress(UpdateFinishedTrialError):
                 self._machines.claim(trial, assignment={unit: str(choice) for unit, choice in assignment.items()})
 
     def elsewhere(self) -> dict[int, Mapping[str, str]]:
@@ -224,7 +229,7 @@ class Ledger:
         with contextlib.ExitStack() as stack:
             with self._writing():
                 stack.enter_context(self._machines.turn(wait))
-            self.reload()
+            self._read()
             yield
 
     def sample_with(self, sampler: FrontSampler) -> FrontSampler:

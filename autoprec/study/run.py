@@ -81,7 +81,8 @@ def search(
         device: `auto`, or the torch device the workload must be on; or the name of a GPU that is not here: then drops
             are emulated on the workload's device, with that GPU's formats and CUDA's autocast lists, times and memory
             are predicted, and every figure says which.
-        storage: an Optuna storage or its URL; None keeps a journal in the run folder.
+        storage: an Optuna storage or its URL; None keeps a journal in the run folder. Several searches may be on one
+            study of a database at a time, if each gives its URL, or an `RDBStorage` with a `heartbeat_interval`.
         seed: of the sampler.
         out: the run folder; None makes `autoprec-runs/<time>-<model>/`.
         resume: go on with the search in `out`; a folder without one starts.
