@@ -111,11 +111,11 @@ def judged(
     low, high = mean - half, mean + half
     ends, limit = f"{number(low, 2)} to {number(high, 2)}", f"{number(margin, 2)} is the margin"
     if high < margin:
-        verdict, reason = TrainingVerdict.NOT_WORSE, f"at most {number(high, 2)} over fp32, and {limit}"
+        verdict, reason = TrainingVerdict.NOT_WORSE, f"a loss of at most {number(high, 2)} over fp32's, and {limit}"
     elif low > 0:
-        verdict, reason = TrainingVerdict.WORSE, f"{ends} over fp32, and {limit}"
+        verdict, reason = TrainingVerdict.WORSE, f"a loss of {ends} over fp32's, and {limit}"
     else:
-        verdict, reason = TrainingVerdict.UNDECIDED, f"{ends} over fp32: too wide to tell"
+        verdict, reason = TrainingVerdict.UNDECIDED, f"a loss of {ends} over fp32's: too wide to tell"
     return TrainedArm(name=name, gap=mean, gap_ci95=(low, high), verdict=verdict, reason=reason), margin
 
 
