@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ __all__ = [
 _SPAN_SECONDS = {"cpu": 0.002, "mps": 0.01}
 _DEFAULT_SPAN_SECONDS = 0.004
 _MAX_ROUNDS = 25
+#: values from which on ranks of a binomial are those of a normal distribution, to one; its 97.5 % point
+_MANY, _NORMAL_95 = 200, 1.96
 #: a matmul far below any launch's time, how often it is launched in a row, and how often that is timed
 _SMALL, _LAUNCHES, _LAUNCH_ROUNDS = 64, 200, 10
 
@@ -67,16 +69,19 @@ class Trial:
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the median and its distribution-free 95 % interval; below six values, the whole range."""
     ordered = sorted(values)
-    count = len(ordered)
-    below = 0  # the largest k with P(Binomial(count, 1/2) < k) <= 2.5 %
-    cumulated = 0.0
-    while True:
-        cumulated += math.comb(count, below) / 2**count
-        if cumulated > 0.025:
-            break
+    low = max(0, _rank(len(ordered)) - 1)
+    return statistics.median(ordered), ordered[low], ordered[len(ordered) - 1 - low]
+
+
+@cache
+def _rank(count: int) -> int:
+    """Return the largest k with P(Binomial(count, 1/2) < k) <= 2.5 %; of many, by the normal distribution."""
+    if count > _MANY:
+        return math.floor((count + 1 - _NORMAL_95 * math.sqrt(count)) / 2)
+    below, cumulated = 0, 0.0
+    while (cumulated := cumulated + math.comb(count, below) / 2**count) <= 0.025:
         below += 1
-    low = max(0, below - 1)
-    return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
+    return below
 
 
 def matmuls(device: torch.device, family: Fp8Family | None) -> dict[str, Callable[[int], Callable[[], Any]]]:
