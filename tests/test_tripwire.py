@@ -118,7 +118,7 @@ def test_a_result_near_the_end_of_the_range_is_enough() -> None:
         wire = Tripwire(handle)
         (loss,) = train(model, wire, 1, torch.amp.GradScaler("cpu"))
         assert loss == loss
-        assert [c.what for _, c in wire.crossings] == ["a result of 1e+04 is over 1/8 of 65504"]
+        assert [c.what for _, c in wire.crossings] == ["a result of 10000 is over 1/8 of 65504"]
         assert handle.plan.assignment[unit] is Format.BF16
     with applied(model, plan) as handle:
         wire = Tripwire(handle, limits=TripwireLimits(range_part=0.5))

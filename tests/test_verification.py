@@ -171,7 +171,7 @@ def test_a_gradient_over_its_limit_does_not_hold(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(autoprec.verification, "evaluate", over)
     found = verify(given, Plan.uniform(given.model, "bf16"))
     assert found.problems == (
-        "the gradient's relative squared error is 0.2, over its limit of 0.1 (a tenth of what batches differ by)",
+        "the gradient's relative squared error is 0.200, over its limit of 0.100 (a tenth of what batches differ by)",
     )
 
 

@@ -126,20 +126,26 @@ def fact_lines(facts: Mapping[str, Any]) -> list[str]:
     return [f"{_name(key)}: {_fact(key, value)}" for key, value in facts.items() if value not in (None, [], {})]
 
 
+#: what keys of JSON say of their figures' units
+_UNITS = {"_tflops": " TFLOP/s", "_ms": " ms", "speedup": "x"}
+
+
 def _name(key: str) -> str:
-    return key.removesuffix("_bytes").replace("_", " ")
+    return key.removesuffix("_bytes").removesuffix("_tflops").removesuffix("_ms").replace("_", " ")
 
 
-def _fact(key: str, value: Any) -> str:
+def _fact(key: str, value: Any, within: str = "") -> str:
+    """Return a value with its unit, which its own key tells or that of what it stands in."""
+    unit = next((unit for end, unit in _UNITS.items() if key.endswith(end)), within)
     if isinstance(value, Mapping) and {"value", "origin"} <= value.keys():
         ci95 = (value["low"], value["high"]) if {"low", "high"} <= value.keys() else None
-        return f"{interval(value['value'], ci95)}{origin_note(Origin(value['origin']))}"
+        return f"{interval(value['value'], ci95, suffix=unit)}{origin_note(Origin(value['origin']))}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{_name(k)} {_fact(k, v)}" for k, v in value.items())
+        return ", ".join(f"{_name(k)} {_fact(k, v, unit)}" for k, v in value.items())
     if isinstance(value, list | tuple):
-        return "; ".join(_fact(key, item) for item in value)
+        return "; ".join(_fact(key, item, unit) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         if key.endswith("_bytes"):
             return bytes_text(value)
-        return number(value) if isinstance(value, float) else str(value)
+        return f"{number(value)}{unit}" if isinstance(value, float) else str(value)
     return str(value)
