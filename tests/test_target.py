@@ -136,7 +136,7 @@ def test_verify_emulates_a_card_and_on_it_compares_prediction_and_measurement() 
     assert step is not None and step.outcome is CheckOutcome.NOT_COMPARED, "FP8 is emulated here: it has no time"
     plain = Plan.uniform(probe_units(workload.model), "fp32", mode=workload.mode)
     timed = verify(workload, plain.with_evidence(dataclasses.replace(plain.evidence, step_ms=said)))
-    assert any("was predicted as 1e+06" in warning for warning in timed.warnings) and timed.holds
+    assert any("was predicted as 1000000" in warning for warning in timed.warnings) and timed.holds
 
 
 def test_forecasts_name_the_surer_ratio_and_every_unit() -> None:
