@@ -28,7 +28,7 @@ from autoprec import Plan, applied, probe_device, probe_units
 from autoprec.catalog import device_names, find_entry
 from autoprec.errors import AutoprecError, first_line
 from autoprec.files import as_json
-from autoprec.formats import Format, Fp8Recipe
+from autoprec.formats import Format, Fp8Family, Fp8Recipe
 from autoprec.predict import gemm_ms, step_time
 from autoprec.records import DeviceProfile, Estimate, ModelProfile, Role, Support
 from autoprec.runtime.fp8 import fp8_emulated_matmul, fp8_matmul, fp8_missing
@@ -153,25 +153,25 @@ def matmuls(
     device: torch.device, profile: DeviceProfile, known: DeviceProfile, shapes: tuple[tuple[int, int, int], ...]
 ) -> Iterator[dict[str, Any]]:
     """Time products in each format the device has, and predict them from its datasheet and from what was probed."""
-    for key, dtype in _DTYPES.items():
+    for key in (*_DTYPES, "fp8"):
         support = profile.tf32 if key == "tf32" else profile.formats[Format(key)]
         if support.support is not Support.NATIVE:
             continue
         with tf32_set(key == "tf32", device.type):
             for m, n, k in shapes:
-                a = torch.randn(m, k, device=device, dtype=dtype)
-                b = torch.randn(n, k, device=device, dtype=dtype)
-                ms = product_ms(device, partial(F.linear, a, b))
+                ms = product_ms(device, _product(device, profile, key, m, n, k))
                 row = {"format": key, "m": m, "n": n, "k": k, "ms": ms}
                 yield row | _guesses(known, profile, gemm_ms, m, n, k, key)
-    if device.type == "cuda" and fp8_missing(device) is None:
-        one = torch.ones((), device=device)
-        dtype = torch.float8_e4m3fnuz if torch.version.hip and profile.fp8_family == "fnuz" else torch.float8_e4m3fn
-        for m, n, k in shapes:
-            a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
-            ms = product_ms(device, partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16))
-            row = {"format": "fp8", "m": m, "n": n, "k": k, "ms": ms}
-            yield row | _guesses(known, profile, gemm_ms, m, n, k, "fp8")
+
+
+def _product(device: torch.device, profile: DeviceProfile, key: str, m: int, n: int, k: int) -> Callable[[], Any]:
+    """Return a product of random operands; in FP8 with scales of 1 and a result in BF16."""
+    a, b = (torch.randn(rows, k, device=device) for rows in (m, n))
+    if key != "fp8":
+        return partial(F.linear, a.to(_DTYPES[key]), b.to(_DTYPES[key]))
+    dtype = torch.float8_e4m3fnuz if profile.fp8_family is Fp8Family.FNUZ else torch.float8_e4m3fn
+    one = torch.ones((), device=device)
+    return partial(torch._scaled_mm, a.to(dtype), b.to(dtype).t(), one, one, out_dtype=torch.bfloat16)
 
 
 def steps(device: torch.device, profile: DeviceProfile, known: DeviceProfile, quick: bool) -> Iterator[dict[str, Any]]:

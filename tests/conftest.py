@@ -10,6 +10,8 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")  # what tests find out is not the user's
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")
+# a search elsewhere on this machine, or one that was stopped, shall not have tests wait for its turn
+os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="autoprec-tests-")
 # of tests side by side, two threads would wait for the others'; commands they start read the variable
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 

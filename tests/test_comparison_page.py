@@ -6,12 +6,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import plotly.graph_objects
 import pytest
 import samples
 from click.testing import CliRunner, Result
 from test_comparison import OWN, run_folder
-from test_report_page import HOSTILE, UNITS, Page, colourless
+from test_report_page import HOSTILE, UNITS, Page, assert_drawable
 
 from autoprec.cli.main import main
 from autoprec.files import from_json
@@ -66,13 +65,7 @@ def test_a_hostile_name_makes_no_element_and_comes_through_as_text() -> None:
 def test_charts_are_what_plotly_knows_have_points_and_name_their_units(page: Page) -> None:
     charts = {chart["name"]: chart for chart in page.data["charts"]}
     assert set(charts) == {"plans", "seeds", "training0", "gap0"} <= set(page.ids())
-    for name, chart in charts.items():
-        figure = plotly.graph_objects.Figure(data=colourless(chart["traces"]), layout=colourless(chart["layout"]))
-        assert len(figure.data) == len(chart["traces"]) > 0
-        assert all(len(trace["x"]) == len(trace["y"]) > 0 for trace in chart["traces"]), name
-        titles = [chart["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
-        titles = titles[:1] if name == "seeds" else titles  # its other axis names plans
-        assert all(any(unit in title for unit in (*UNITS, "%")) for title in titles), titles
+    assert_drawable(charts, named={"seeds"}, units=(*UNITS, "%"))
 
 
 # what it says

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -207,13 +207,18 @@ def test_charts_are_what_plotly_knows_have_points_and_name_their_units(
     made = {"front", "unittime", "convergence", "memory", "training0", "gap0"}
     assert set(charts) == (made if source == "made" else wanted)
     assert set(charts) <= set(page.ids())
+    assert_drawable(charts, named={"memory"}, units=UNITS)
+
+
+def assert_drawable(charts: Mapping[str, Any], named: Collection[str], units: Sequence[str]) -> None:
+    """Check that plotly takes charts, that all have points, and units on axes; the y axes of `named` name plans."""
     for name, chart in charts.items():
         figure = plotly.graph_objects.Figure(data=colourless(chart["traces"]), layout=colourless(chart["layout"]))
         assert len(figure.data) == len(chart["traces"]) > 0
         assert all(len(trace["x"]) == len(trace["y"]) > 0 for trace in chart["traces"]), name
         titles = [chart["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
-        titles = titles[:1] if name == "memory" else titles  # its other axis names plans
-        assert all(any(unit in title for unit in UNITS) for title in titles), titles
+        titles = titles[:1] if name in named else titles
+        assert all(any(unit in title for unit in units) for title in titles), titles
 
 
 def colourless(value: Any) -> Any:

@@ -128,7 +128,7 @@ def print_json(data: Any) -> None:
 
 
 def typed_options(ctx: click.Context, options: Mapping[str, Any], but: Sequence[str] = ()) -> list[str]:
-    """Return the options of a command as they are typed: those that are not as they are unless given, without `but`."""
+    """Return a command's options as words to type: those that were typed or differ from their default, save `but`."""
     words = list[str]()
     for parameter in ctx.command.params:
         name, flag = parameter.name or "", parameter.opts[-1]

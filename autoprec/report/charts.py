@@ -24,8 +24,10 @@ __all__ = [
     "harmless",
     "hover",
     "interval_bars",
+    "limit_line",
     "log_axis",
     "positive_floor",
+    "ring",
     "time_axis",
 ]
 
@@ -95,6 +97,32 @@ def interval_bars(values: Sequence[float], intervals: Sequence[tuple[float, floa
         "arrayminus": [max(0.0, v - max(ci[0], floor)) if ci else 0.0 for v, ci in pairs],
         "thickness": 1,
         "width": 0,
+    }
+
+
+def limit_line(name: str, times: Sequence[float], limit: float) -> Data:
+    """Return the largest drop allowed as a dashed line over the times shown; named in the legend."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": [min(times), max(times)],
+        "y": [limit] * 2,
+        "line": {"dash": "dash", "width": 1.5, "color": "@bad"},
+        "hoverinfo": "skip",
+    }
+
+
+def ring(name: str, x: float | None, y: float) -> Data:
+    """Return a ring around the plan that a chart singles out."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [x],
+        "y": [y],
+        "marker": {"symbol": "circle-open", "size": 22, "color": "@good", "line": {"width": 3, "color": "@good"}},
+        "hoverinfo": "skip",
     }
 
 

@@ -12,8 +12,10 @@ from autoprec.report.charts import (
     axis,
     harmless,
     interval_bars,
+    limit_line,
     log_axis,
     positive_floor,
+    ring,
     time_axis,
 )
 from autoprec.report.comparedhead import drop_target, fastest_kept
@@ -38,20 +40,9 @@ def plans_chart(found: PlanComparison) -> Chart | None:
     traces = [_point(row, index, floor) for index, row in enumerate(rows)]
     best = fastest_kept(found)
     if best is not None and best.drop is not None and best.step_ms is not None:
-        ring = {"symbol": "circle-open", "size": 22, "color": "@good", "line": {"width": 3, "color": "@good"}}
-        traces.append(_marks("fastest within the limit", [best.step_ms.value], [max(best.drop.value, floor)], ring))
+        traces.append(ring("fastest within the limit", best.step_ms.value, max(best.drop.value, floor)))
     if target is not None:
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": f"limit {target.limit:g} {target.unit}",
-                "x": [min(times), max(times)],
-                "y": [target.limit] * 2,
-                "line": {"dash": "dash", "width": 1.5, "color": "@bad"},
-                "hoverinfo": "skip",
-            }
-        )
+        traces.append(limit_line(f"limit {target.limit:g} {target.unit}", times, target.limit))
     return Chart(
         name="plans",
         title="Drop against step time",

@@ -12,8 +12,10 @@ from autoprec.report.charts import (
     harmless,
     hover,
     interval_bars,
+    limit_line,
     log_axis,
     positive_floor,
+    ring,
     time_axis,
 )
 from autoprec.report.figures import number, origins
@@ -48,8 +50,11 @@ def front_chart(run: Run, place: Callable[[Measurement], int]) -> Chart | None:
         marker = {"symbol": _SYMBOLS[index], "size": 11, "color": f"@series{index}"} if known else _OPEN
         traces.append(_points(run, [m], place, floor, m.name, marker))
     if run.best is not None:
-        traces.append(_ring(run.best, floor, "the plan to use" if run.result else "fastest within the limit so far"))
-    traces += _limit(run, done)
+        name = "the plan to use" if run.result else "fastest within the limit so far"
+        traces.append(ring(name, run.best.step_ms, _shown(run.best, floor)))
+    times = [m.step_ms for m in done if m.step_ms]
+    if run.limit_value and any(m.drop for m in done):
+        traces.append(limit_line(f"limit {run.limit}, {number(run.limit_value)} {run.unit}", times, run.limit_value))
     return Chart(
         name="front",
         title="Drop against step time",
@@ -105,35 +110,3 @@ def _line(front: Sequence[Measurement], floor: float) -> Data:
         "line": {"shape": "hv", "width": 2, "color": "@accent"},
         "hoverinfo": "skip",
     }
-
-
-def _ring(best: Measurement, floor: float, name: str) -> Data:
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": name,
-        "x": [best.step_ms],
-        "y": [_shown(best, floor)],
-        "marker": {"symbol": "circle-open", "size": 22, "color": "@good", "line": {"width": 3, "color": "@good"}},
-        "hoverinfo": "skip",
-    }
-
-
-def _limit(run: Run, done: Sequence[Measurement]) -> list[Data]:
-    """Return the limit as a line, and the reference's time as another; both named in the legend."""
-    found = []
-    times = [m.step_ms for m in done if m.step_ms]
-    drops = [m.drop for m in done if m.drop]
-    if run.limit_value and drops:
-        found.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": f"limit {run.limit}, {number(run.limit_value)} {run.unit}",
-                "x": [min(times), max(times)],
-                "y": [run.limit_value] * 2,
-                "line": {"dash": "dash", "width": 1.5, "color": "@bad"},
-                "hoverinfo": "skip",
-            }
-        )
-    return found

@@ -91,9 +91,9 @@ class News:
             gone = time_text(progress.elapsed_seconds, progress.eta_seconds)
             self._now = "" if progress.stage == _DONE else f"{progress.stage}: {progress.message}; {gone}"
         if progress.measurement is not None:
-            trial = f"trial {progress.trial}, "
-            trial = "" if progress.trial is None or progress.measurement.name == trial[:-2] else trial
-            self.say(f"{begins}{trial}{measurement_line(progress.measurement)}{left}")
+            trial = f"trial {progress.trial}"
+            named = progress.trial is None or progress.measurement.name == trial
+            self.say(f"{begins}{'' if named else f'{trial}, '}{measurement_line(progress.measurement)}{left}")
         elif self._live is None or progress.stage != self._stage:
             self.say(f"{begins}{progress.message}{left}")
         self._draw()

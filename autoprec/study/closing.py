@@ -14,6 +14,7 @@ from autoprec.plan import Plan
 from autoprec.quantities import duration_text
 from autoprec.records import Explained, LargestBatch, Measurement, MemoryBreakdown, SearchResult
 from autoprec.study.appendix import memory_of, unit_times
+from autoprec.study.baseline_runs import measure_baselines
 from autoprec.study.baselines import RECOMMENDED
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import Course
@@ -24,6 +25,7 @@ from autoprec.study.larger import largest_batches
 from autoprec.study.lessons import learn
 from autoprec.study.measuring import measure
 from autoprec.study.outcome import Outcome, evidence, on_one_clock, outcome_of
+from autoprec.study.trials import measure_trials
 from autoprec.study.verdict import REFERENCE, wanted
 
 __all__ = ["carry_out"]
@@ -207,8 +209,8 @@ def carry_out(
 def _carry_out(course: Course, trials: int | None, teach: bool) -> SearchResult:
     try:
         course.probe()
-        course.measure_baselines()
-        course.search(trials)
+        measure_baselines(course)
+        measure_trials(course, trials)
         course.ledger.refresh()
         _confirm(course)
     except KeyboardInterrupt:

@@ -60,8 +60,13 @@ def feasible(measurement: Measurement) -> bool:
 def pareto_front(measurements: Sequence[Measurement]) -> list[Measurement]:
     """Return the feasible measurements that none beats in both drop and step time, from least drop to least time."""
     usable = [m for m in measurements if feasible(m)]
-    points = [(m.drop, m.step_ms) for m in usable if m.drop is not None and m.step_ms is not None]
-    return [usable[i] for i in pareto_indices(points)]
+    return [usable[i] for i in pareto_indices([_point(m) for m in usable])]
+
+
+def _point(measurement: Measurement) -> tuple[float, float]:
+    """Return the drop and the step time of a feasible measurement."""
+    assert measurement.drop is not None and measurement.step_ms is not None
+    return measurement.drop, measurement.step_ms
 
 
 def measured_front(measurements: Sequence[Measurement], baselines: Collection[str]) -> list[Measurement]:
@@ -74,23 +79,19 @@ def measured_front(measurements: Sequence[Measurement], baselines: Collection[st
     """
     front = pareto_front(measurements)
     for plain in (m for m in measurements if m.name in baselines and m not in front and feasible(m)):
-        better = [i for i, m in enumerate(front) if _no_worse(m, plain)]
+        drop, step_ms = _point(plain)
+        better = [i for i, m in enumerate(front) if _point(m)[0] <= drop and _point(m)[1] <= step_ms]
         if len(better) == 1 and front[better[0]].name not in baselines and _alike(front[better[0]], plain):
             front[better[0]] = plain
     return front
 
 
-def _no_worse(one: Measurement, other: Measurement) -> bool:
-    assert one.drop is not None and one.step_ms is not None and other.drop is not None and other.step_ms is not None
-    return one.drop <= other.drop and one.step_ms <= other.step_ms
-
-
 def _alike(plan: Measurement, plain: Measurement) -> bool:
     """Say whether times count as the same and intervals of drops meet; without an interval a drop is exact."""
-    assert plan.drop is not None and plan.step_ms is not None and plain.drop is not None and plain.step_ms is not None
-    high = plan.drop_ci95[1] if plan.drop_ci95 else plan.drop
-    low = plain.drop_ci95[0] if plain.drop_ci95 else plain.drop
-    return plain.step_ms <= SAME * plan.step_ms and low <= high
+    (drop, step_ms), (plain_drop, plain_ms) = _point(plan), _point(plain)
+    high = plan.drop_ci95[1] if plan.drop_ci95 else drop
+    low = plain.drop_ci95[0] if plain.drop_ci95 else plain_drop
+    return plain_ms <= SAME * step_ms and low <= high
 
 
 @dataclass(frozen=True, slots=True, eq=False)
