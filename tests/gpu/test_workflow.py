@@ -75,7 +75,7 @@ def test_sensitivity_is_that_of_the_same_emulated_plan_on_a_cpu() -> None:
     assert drops[0].keys() == drops[1].keys()
     # labels are drawn by each device's own generator, so what is compared is what the intervals say
     meet = [a.low <= b.high and b.low <= a.high for a, b in ((drops[0][unit], drops[1][unit]) for unit in drops[0])]
-    assert statistics.mean(meet) >= 0.8, drops
+    assert statistics.mean(meet) >= 0.8, drops  # of 95 % intervals; there are ten units
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
@@ -115,6 +115,7 @@ def test_fp8_trains_as_its_emulation_does(recipe: Fp8Recipe) -> None:
             own.append(float(loss))
         losses.append(own)
     real, emulated = losses
+    # one product differs by 0.1 % of its norm (the card sums with fewer bits); 30 updates let two runs drift apart
     assert real[0] == pytest.approx(emulated[0], rel=1e-2)
     assert real[-1] < 0.8 * real[0]
     assert real[-1] == pytest.approx(emulated[-1], rel=0.1)
