@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import autoprec
-from autoprec import Plan, Workload, probe_sensitivity, probe_speed, probe_units
+from autoprec import Plan, Workload, probe_sensitivity, probe_units
 from autoprec.errors import DataError, MeasurementError, UsageError
 from autoprec.files import as_json, from_json
 from autoprec.formats import Format
@@ -293,7 +293,7 @@ def test_a_damaged_result_is_made_again(own_cache: Path) -> None:
 def test_records_name_the_device_as_its_profile_does_and_are_kept_by_its_arithmetic(own_cache: Path) -> None:
     workload, name = bare_workload(), device_name(torch.device("cpu"))
     found = probe_sensitivity(workload, ["bf16"])
-    assert found.device == name == probe_speed(workload, ["bf16"], seconds=1.0).device
+    assert found.device == name
     assert found.file
     older = json.loads(Path(found.file).read_text()) | {"device": arithmetic_of(torch.device("cpu"))}
     Path(found.file).write_text(json.dumps(older))

@@ -18,6 +18,7 @@ from autoprec.formats import Format
 from autoprec.probe.arrival import Part, Run, arrival
 from autoprec.probe.breakeven import break_even
 from autoprec.probe.calls import Call, record_calls
+from autoprec.probe.device import device_name
 from autoprec.probe.payoff import SETTLED, misfit, why_not
 from autoprec.probe.shapecache import KeptRatio, ShapeCache
 from autoprec.probe.sites import Site, find_sites
@@ -125,6 +126,7 @@ def test_every_unit_that_ran_has_its_times(mode: str) -> None:
     known = probe_speed(workload, ("bf16", "fp8"), seconds=1.0)
     names = {unit.name for unit in probe_units(workload.model).units}
     assert {r.unit for r in known.times} == names
+    assert known.device == device_name(torch.device("cpu")), "as the device's own profile names it"
     assert {r.format for r in known.times} == {Format.FP32, Format.BF16}
     assert any("fp8 is not timed" in note for note in known.notes) or torch.cuda.is_available()
     blocks = {r.shape for r in known.times if r.unit.startswith("blocks.") and r.unit.endswith("ffn")}
