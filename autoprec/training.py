@@ -48,6 +48,7 @@ def confirm_training(
     *,
     steps: int = 200,
     seeds: int = 8,
+    first_seed: int = 0,
     learning_rate: float = 1e-4,
     emulate: bool = False,
     tell: Callable[[str], None] = lambda text: None,
@@ -61,6 +62,7 @@ def confirm_training(
         plans: by name.
         steps: optimizer steps of a run.
         seeds: runs of each plan and of FP32.
+        first_seed: of the first runs; the others count on.
         learning_rate: of AdamW, constant.
         emulate: as in `autoprec.apply`.
         tell: called with a sentence as each run begins.
@@ -81,7 +83,7 @@ def confirm_training(
         for seed in range(seeds):
             for name, plan in {REFERENCE: None, **plans}.items():
                 tell(f"training in {name}, seed {seed + 1} of {seeds}")
-                curves.append(runner.run(name, plan, seed))
+                curves.append(runner.run(name, plan, first_seed + seed))
                 if plan is None and curves[-1].final_loss is None:
                     raise MeasurementError(
                         f"training in fp32 itself fails: {curves[-1].reason}. Try a smaller learning rate."

@@ -2,13 +2,14 @@
 
     python benchmarks/bench_training.py [minilm] [smollm2] [demo] [overflow] [--steps N] [--seeds K] [--plan FILE]
 
-`minilm`: the spam classifier on 40 batches of 16 mails, 200 steps. `smollm2`: LoRA (rank 8, all projections) on windows
-of 128 tokens, 60 steps. `demo`: the demo GPT, all weights, 200 steps. `overflow`: SmolLM2 with the FFNs' gate products
-4096 times as large and their output weights as much smaller: the same function, but past FP16's 65,504. Each is trained
-under uniform BF16, FP16 and FP8 (tensorwise, emulated); under a plan, that of --plan or of a search of --budget; and in
-FP8 but for the units that lose most by it, as `probe_sensitivity` has them, which run in BF16 until the sum of the
-others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at random, 20 times; how often one
-half is called worse.
+`minilm`: the spam classifier on 40 batches of 8 mails of up to 64 tokens, 200 steps. `smollm2`: LoRA (rank 8, all
+projections) on 2 windows of 64 tokens, 60 steps. `demo`: the demo GPT, all weights, 200 steps. `overflow`: SmolLM2 with
+the FFNs' gate products 4096 times as large and their output weights as much smaller: the same function, but past FP16's
+65,504. Each is trained under uniform BF16 and FP8 (tensorwise, emulated); under a plan, that of --plan or of a search
+of --budget; and in FP8 but for the units that lose most by it, as `probe_sensitivity` has them, which run in BF16 until
+the sum of the others is within 0.25 %. Uniform FP16 and BF16 are trained on batches cut to 2 rows of 32 tokens, over
+--fp16-seeds, because a CPU's FP16 step takes some 20 times FP32's. False alarms: FP32 runs of twice the seeds, split
+in two at random, 20 times; how often one half is called worse.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from autoprec import Plan, Workload, probe_sensitivity, search
 from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.probe.workload import workload_from
-from autoprec.records import TrainingConfirmation, TrainingVerdict
+from autoprec.records import TrainingVerdict
 from autoprec.training import REFERENCE, confirm_training, judged
 
 STEPS = {"minilm": 200, "smollm2": 60, "demo": 200, "overflow": 60}
 #: LoRA and a classifier learn at other rates than all weights of a language model
 RATES = {"minilm": 2e-5, "smollm2": 2e-4, "demo": 1e-4, "overflow": 2e-4}
 SPLITS = 20
+#: of batches for FP16
+FEW_ROWS, FEW_TOKENS = 2, 32
 
 
 def minilm() -> Workload:
@@ -45,12 +48,12 @@ def minilm() -> Workload:
 
     cache = default_cache()
     tokenizer = AutoTokenizer.from_pretrained(cache / "minilm")
-    rows = [json.loads(line) for line in (cache / "spam-head" / "spam.jsonl").read_text().splitlines()[1200:1840]]
+    rows = [json.loads(line) for line in (cache / "spam-head" / "spam.jsonl").read_text().splitlines()[1200:1520]]
     batches = []
-    for start in range(0, len(rows), 16):
-        part = rows[start : start + 16]
+    for start in range(0, len(rows), 8):
+        part = rows[start : start + 8]
         made = tokenizer(
-            [row["text"][:800] for row in part], padding=True, truncation=True, max_length=128, return_tensors="pt"
+            [row["text"][:800] for row in part], padding=True, truncation=True, max_length=64, return_tensors="pt"
         )
         labels = torch.tensor([row["label"] for row in part])
         batches.append({"input_ids": made.input_ids, "attention_mask": made.attention_mask, "labels": labels})
@@ -64,7 +67,7 @@ def smollm2(loud: bool = False) -> Workload:
 
     cache = default_cache()
     text = cache / "austen" / "sense_and_sensibility.txt"
-    found = workload_from(str(cache / "smollm2"), data=text, batch_size=2, seq_len=128, batches=32, mode="train")
+    found = workload_from(str(cache / "smollm2"), data=text, batch_size=2, seq_len=64, batches=32, mode="train")
     model: Any = found.model
     if loud:
         with torch.no_grad():
@@ -84,9 +87,15 @@ def demo() -> Workload:
 WORKLOADS = {"minilm": minilm, "smollm2": smollm2, "demo": demo, "overflow": lambda: smollm2(loud=True)}
 
 
-def false_alarms(curves: TrainingConfirmation) -> dict[str, int]:
-    """Split FP32's own runs in two at random, again and again, and count the verdicts of one half on the other."""
-    finals = [c.final_loss for c in curves.curves if c.name == REFERENCE and c.final_loss is not None]
+def few(workload: Workload) -> Workload:
+    """Return the workload on small batches."""
+    batches: list[dict[str, torch.Tensor]] = [dict(batch) for batch in workload.batches]
+    cut = [{k: v[:FEW_ROWS, :FEW_TOKENS] if v.dim() > 1 else v[:FEW_ROWS] for k, v in b.items()} for b in batches]
+    return workload.with_batches(cut)
+
+
+def false_alarms(finals: list[float]) -> dict[str, int]:
+    """Split final losses of FP32 in two at random, again and again, and count the verdicts of one half on the other."""
     half, draw = len(finals) // 2, random.Random(0)
     counts = dict.fromkeys(map(str, TrainingVerdict), 0)
     for _ in range(SPLITS):
@@ -123,12 +132,15 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="minilm, smollm2, demo, overflow; default: minilm and smollm2")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--fp16-seeds", type=int, default=3)
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--budget", default="5m")
     asked = parser.parse_args()
     for name in asked.models or ["minilm", "smollm2"]:
         workload = WORKLOADS[name]()
         plans = {f"uniform {f}": Plan.uniform(workload.model, f) for f in ("bf16", "fp16", "fp8")}
+        small = {f"uniform {f}": plans[f"uniform {f}"] for f in ("bf16", "fp16")}
+        del plans["uniform fp16"]
         plan = Plan.load(asked.plan) if asked.plan else searched(workload, asked.budget)
         if plan is not None:
             plans["the plan"] = plan
@@ -137,15 +149,22 @@ def main() -> None:
         found = confirm_training(
             workload, plans, seeds=asked.seeds, tell=lambda text: print(text, flush=True), **options
         )
-        others = confirm_training(workload, {}, seeds=2 * asked.seeds, **options)
+        others = confirm_training(workload, {}, seeds=asked.seeds, first_seed=asked.seeds, **options)
+        finals = [
+            c.final_loss for c in (*found.curves, *others.curves) if c.name == REFERENCE and c.final_loss is not None
+        ]
+        cut = confirm_training(
+            few(workload), small, seeds=asked.fp16_seeds, tell=lambda text: print(text, flush=True), **options
+        )
         figures = {
             "model": name,
             "units by format": {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()},
             "training": as_json(found),
-            f"verdicts on FP32 with other seeds, {SPLITS} splits": false_alarms(others),
-            "losses of those": [c.final_loss for c in others.curves],
+            f"training on {FEW_ROWS} rows of {FEW_TOKENS} tokens": as_json(cut),
+            f"verdicts on FP32 with other seeds, {SPLITS} splits": false_alarms(finals),
+            "losses of those": finals,
         }
-        print(write_result(f"training-{name}", figures), [str(arm.verdict) for arm in found.arms])
+        print(write_result(f"training-{name}", figures), [str(arm.verdict) for arm in (*found.arms, *cut.arms)])
 
 
 if __name__ == "__main__":

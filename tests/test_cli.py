@@ -317,7 +317,7 @@ def test_probe_of_what_cannot_be_trained_leaves_gradients_out(here: Path) -> Non
     result = autoprec_run("probe", "encoder", *SMALL)
     assert result.exit_code == 0, result.output
     assert "nothing to train towards" in result.stderr
-    assert "relative error" in result.stdout and "Weight gradients" not in result.stdout
+    assert "relative squared error" in result.stdout and "Weight gradients" not in result.stdout
 
 
 def test_probe_of_an_image_model_lists_units_and_says_why_no_more(here: Path) -> None:

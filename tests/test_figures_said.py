@@ -35,7 +35,7 @@ from autoprec.verification import verify
 
 #: what a figure may be counted in, beside it, on top of its column, or at the head of its row
 UNITS = re.compile(
-    r"\b(nats|relative error|relative squared|ms|MB|GB|GB/s|TFLOP/s|tokens/s|examples|units|steps|seeds|share|loss)\b"
+    r"\b(nats|relative squared error|ms|MB|GB|GB/s|TFLOP/s|tokens/s|examples|units|steps|seeds|share|loss)\b"
     r"|\b(cosine|times|capability)\b|%|\bx\b|\dx\b|x/|/ fp32|\bTFLOP/s"
 )
 ORIGINS = re.compile(r"\b(measured|predicted|emulated|datasheet|recorded)\b")

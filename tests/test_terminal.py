@@ -128,7 +128,7 @@ def test_the_unit_of_drops_is_nats_unless_percent_is_the_same_figure() -> None:
     logits = samples.measurement("a", 0.004, 12.0, 1.6)
     values = replace(logits, drop_percent=100 * 0.004)
     assert drop_unit([logits]) == "nats"
-    assert drop_unit([values, replace(values, drop=0.0, drop_percent=0.0)]) == "relative error"
+    assert drop_unit([values, replace(values, drop=0.0, drop_percent=0.0)]) == "relative squared error"
     assert drop_unit([values, logits]) == "nats"
 
 

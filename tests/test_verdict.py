@@ -57,7 +57,7 @@ def test_a_plan_faster_than_every_uniform_one_within_the_limit() -> None:
     assert verdict.decision is VerdictDecision.USE_PLAN
     assert verdict.best_uniform == "uniform fp32"  # bf16 is over the limit
     assert verdict.text == (
-        "Use plan.json: 1.50 (1.49–1.51) times as fast as FP32, drop 0.00200 relative error (0.20 %, limit 0.25%); "
+        "Use plan.json: 1.50 (1.49–1.51) times as fast as FP32, drop 0.00200 relative squared error (0.20 %, limit 0.25%); "
         "1.50 times as fast as uniform fp32, the best uniform plan."
     )
 
@@ -90,7 +90,7 @@ def test_a_baseline_is_taken_where_it_is_as_fast() -> None:
     assert verdict.decision is VerdictDecision.USE_UNIFORM
     assert verdict.break_even_hours is None
     assert verdict.text == (
-        "Use uniform bf16: 1.99 (1.98–2.00) times as fast as FP32, drop 0.00100 relative error (0.10 %, limit 0.25%). "
+        "Use uniform bf16: 1.99 (1.98–2.00) times as fast as FP32, drop 0.00100 relative squared error (0.10 %, limit 0.25%). "
         "No per-layer plan within the limit is faster by more than noise."
     )
 
@@ -191,7 +191,9 @@ def test_a_plan_that_fails_on_unseen_batches_is_not_chosen() -> None:
     outcome = outcome_of(found, BASELINES, PERCENT, 3600.0, tried)
     assert outcome.best is not None and outcome.best.name == "uniform bf16"
     assert outcome.verdict.decision is VerdictDecision.USE_UNIFORM
-    assert "confirmed on 5 unseen batches (drop 0.000100 relative error, at most 0.000200)" in outcome.verdict.text
+    assert (
+        "confirmed on 5 unseen batches (drop 0.000100 relative squared error, at most 0.000200)" in outcome.verdict.text
+    )
 
 
 def test_nothing_is_done_where_no_plan_is_confirmed() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoprec.errors import ModelError
 from autoprec.probe.batches import IGNORED
+from autoprec.records.measured import LOGITS_UNIT, VALUES_UNIT
 
 __all__ = ["OutputChoice", "Readout", "ReadoutKind", "bare_output", "field_of", "read_logits", "read_values"]
 
@@ -27,6 +28,11 @@ class ReadoutKind(StrEnum):
     LOGITS = "logits"  #: one distribution over C classes a position: KL
     BINARY = "binary"  #: one logit a position: KL of Bernoulli distributions
     VALUES = "values"  #: C numbers a position: relative squared error
+
+    @property
+    def drop_unit(self) -> str:
+        """The unit of drops compared so."""
+        return VALUES_UNIT if self is ReadoutKind.VALUES else LOGITS_UNIT
 
 
 class OutputChoice(StrEnum):

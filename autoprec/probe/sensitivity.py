@@ -28,7 +28,6 @@ from autoprec.probe.device import device_name
 from autoprec.probe.direct import halved, measured_drops, one_example_of, weight_errors
 from autoprec.probe.findings import Finding, Findings, vetoes_of
 from autoprec.probe.numerics import GradientNumerics, gradient_numerics
-from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.replay import frozen, repeatable
 from autoprec.probe.steps import device_of, kept_state, plain_fp32
 from autoprec.probe.survey import Survey
@@ -156,7 +155,7 @@ def _probe(
         mode=workload.mode,
         ambient=ambient,
         formats=tuple(formats),
-        drop_unit="relative error" if kind is ReadoutKind.VALUES else "nats",
+        drop_unit=kind.drop_unit,
         scale=scale,
         ambient_drop=around,
         replayed_positions=survey.tally.positions,

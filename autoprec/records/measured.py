@@ -11,11 +11,16 @@ from autoprec.formats import Format
 from autoprec.records.figures import STRICT, Origin
 
 __all__ = [
+    "LOGITS_UNIT",
+    "VALUES_UNIT",
     "Measurement",
     "MeasurementOrigins",
     "Mode",
     "TaskMetric",
 ]
+
+#: of drops: KL of distributions, and of models of values
+LOGITS_UNIT, VALUES_UNIT = "nats", "relative squared error"
 
 
 class Mode(StrEnum):

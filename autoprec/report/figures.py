@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from autoprec.formats import Format, Fp8Family, layout
 from autoprec.quantities import SMALL, number
 from autoprec.records import Figure, Measurement, Origin
+from autoprec.records.measured import LOGITS_UNIT, VALUES_UNIT
 
 __all__ = [
     "bytes_text",
@@ -115,13 +116,13 @@ def layout_text(choice: Format, family: Fp8Family | None = None) -> str:
 
 
 def drop_unit(measurements: Iterable[Measurement]) -> str:
-    """Return the unit of the drops of one study: 'nats', or 'relative error' for models of values.
+    """Return the unit of the drops of one study: 'nats', or 'relative squared error' for models of values.
 
     Records carry no unit of their own: for values, and only there, percent is 100 times the drop by definition.
     """
     pairs = [(m.drop, m.drop_percent) for m in measurements if m.drop and m.drop_percent is not None]
     values = bool(pairs) and all(math.isclose(p or 0, 100 * d, rel_tol=1e-6) for d, p in pairs if d)
-    return "relative error" if values else "nats"
+    return VALUES_UNIT if values else LOGITS_UNIT
 
 
 def plain(text: str) -> str:

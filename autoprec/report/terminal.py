@@ -157,10 +157,10 @@ def _confirmations(console: Console, result: SearchResult, unit: str) -> None:
     """Print what came of plans on batches that the search had not used."""
     known = {m.name: m.origin.drop for m in (*result.baselines, *result.front)}
     for one in result.confirmed:
-        figures, where = "", f" ({known[one.name]})" if known.get(one.name) else ""
+        figures, where = "", f"{known[one.name]} on " if known.get(one.name) else ""
         if one.drop is not None and one.low is not None and one.high is not None:
-            figures = f", drop {number(one.drop)} {unit}, between {number(one.low)} and {number(one.high)}{where}"
-        print_line(console, f"confirmation of {one.name}: {one.answer}{figures} ({one.batches} unseen batches)")
+            figures = f", drop {number(one.drop)} {unit}, between {number(one.low)} and {number(one.high)}"
+        print_line(console, f"confirmation of {one.name}: {one.answer}{figures} ({where}{one.batches} unseen batches)")
     for note in result.notes:
         print_line(console, f"note: {note}")
 

@@ -20,7 +20,6 @@ from autoprec.errors import MeasurementError, StudyError
 from autoprec.formats import Format
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.device import probe_device
-from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import device_of
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
@@ -181,7 +180,7 @@ def _prepare(
         space=built,
         device=device,
         plans=plans,
-        drop_unit="relative squared error" if look.kind is ReadoutKind.VALUES else "nats",
+        drop_unit=look.kind.drop_unit,
         folder=folder,
         tell=tell,
         seed=seed,
