@@ -57,8 +57,8 @@ def test_a_plan_faster_than_every_uniform_one_within_the_limit() -> None:
     assert verdict.decision is VerdictDecision.USE_PLAN
     assert verdict.best_uniform == "uniform fp32"  # bf16 is over the limit
     assert verdict.text == (
-        "Use plan.json: 1.50 (1.49–1.51) times as fast as FP32, drop 0.00200 relative squared error (0.20 %, limit 0.25%); "
-        "1.50 times as fast as uniform fp32, the best uniform plan."
+        "Use plan.json: 1.50 (1.49–1.51) times as fast as FP32, drop 0.00200 relative squared error (0.20 %, "
+        "limit 0.25%); 1.50 times as fast as uniform fp32, the best uniform plan."
     )
 
 
@@ -90,8 +90,8 @@ def test_a_baseline_is_taken_where_it_is_as_fast() -> None:
     assert verdict.decision is VerdictDecision.USE_UNIFORM
     assert verdict.break_even_hours is None
     assert verdict.text == (
-        "Use uniform bf16: 1.99 (1.98–2.00) times as fast as FP32, drop 0.00100 relative squared error (0.10 %, limit 0.25%). "
-        "No per-layer plan within the limit is faster by more than noise."
+        "Use uniform bf16: 1.99 (1.98–2.00) times as fast as FP32, drop 0.00100 relative squared error (0.10 %, "
+        "limit 0.25%). No per-layer plan within the limit is faster by more than noise."
     )
 
 
