@@ -60,7 +60,7 @@ def _figures(found: Verification) -> list[list[str]]:
     here = {
         "drop": (f"drop, {unit}", interval(m.drop, m.drop_ci95) + origin_note(m.origin.drop)),
         "drop %": ("drop, %", percent),
-        "gradient": ("gradient error, relative squared", _gradient(m)),
+        "gradient": ("gradient, relative squared error", _gradient(m)),
         "speedup": ("speedup", interval(m.speedup, m.speedup_ci95, suffix="x") + origin_note(m.origin.step_ms)),
         "step_ms": ("step, ms", interval(m.step_ms, m.step_ms_ci95) + origin_note(m.origin.step_ms)),
         "peak_bytes": ("peak", _bytes(m.peak_bytes) + origin_note(m.origin.peak_bytes)),
