@@ -130,7 +130,7 @@ def kinds() -> dict[str, Kind]:
         Kind("data.jsonl", b'{"text": "a b", "label": 0}\n{"text": "c", "label": 1}\n' * 3, read_examples),
         Kind("data.txt", "One paragraph.\n\nAnother, with \u00fc.\n".encode(), read_examples),
         Kind("train.log", b"".join((doctor / "troubles" / n).read_bytes() for n in _LOGS), _log),
-        Kind("deepspeed.json", (doctor / "healthy" / "deepspeed-fp16.json").read_bytes(), _run_files),
+        Kind("deepspeed.json", (doctor / "healthy" / "deepspeed-zero3-bf16.json").read_bytes(), _run_files),
         Kind("accelerate.yaml", (doctor / "healthy" / "accelerate-fsdp.yaml").read_bytes(), _run_files),
         Kind("train.py", (doctor / "troubles" / "AP032-loop.py").read_bytes(), _run_files),
         Kind("launch.sh", (doctor / "healthy" / "launch.sh").read_bytes(), _run_files),
