@@ -8,7 +8,7 @@ from autoprec.study.course import Course
 from autoprec.study.worker import WorkerLost
 from autoprec.training import confirm_training
 
-__all__ = ["trained_worse"]
+__all__ = ["trained_worse", "training_seconds"]
 
 SEEDS = 3
 #: below that a loss has hardly moved, above that `autoprec verify --train-steps` is the place
@@ -26,9 +26,7 @@ def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
         return None
     unseen = course.unseen.batches if course.unseen is not None else ()
     workload = course.workload.with_batches([*course.workload.batches, *unseen])
-    # both sides, and a forward of each batch held out after each run
-    held_out = course.forward_seconds * max(1, len(workload.batches) // 4)
-    each = course.budget.left / (2 * SEEDS) - held_out
+    each = course.budget.left / (2 * SEEDS) - _held_out_seconds(course)
     steps = min(_MOST, int(each / (_STEP * course.forward_seconds)))
     if steps < _FEWEST:
         course.notes.append(
@@ -49,6 +47,19 @@ def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
     course.trained.append(found)
     course.news("confirmation", f"{name}: {_sentence(found)}")
     return _sentence(found) if found.arms[0].verdict is TrainingVerdict.WORSE else None
+
+
+def training_seconds(course: Course) -> float:
+    """Return what training a finalist takes where the budget leaves time enough."""
+    if course.workload.mode is not Mode.TRAIN:
+        return 0.0
+    return 2 * SEEDS * (_MOST * _STEP * course.forward_seconds + _held_out_seconds(course))
+
+
+def _held_out_seconds(course: Course) -> float:
+    """Return what a forward of each batch held out takes, after each run."""
+    batches = len(course.workload.batches) + (len(course.unseen.batches) if course.unseen else 0)
+    return course.forward_seconds * max(1, batches // 4)
 
 
 def _sentence(found: TrainingConfirmation) -> str:

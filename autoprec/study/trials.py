@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -15,6 +16,7 @@ from autoprec.quantities import DropLimit
 from autoprec.records import Measurement
 from autoprec.study.course import Course
 from autoprec.study.crew import Crew
+from autoprec.study.finalists import training_seconds
 from autoprec.study.knowledge import drop_priors, forecast_priors, time_priors
 from autoprec.study.measuring import Outcome, outcome_of
 from autoprec.study.sampler import FrontSampler
@@ -77,9 +79,7 @@ def _search(course: Course, trials: int | None, crew: Crew[_Key, Outcome]) -> No
             trial = going.pop(key)
             found = course.noted(outcome)
             course.ledger.add_trial(trial, found)
-            left = course.budget.left
-            if trials is not None:
-                left = max(0, trials - done - 1) * course.budget.each_seconds / crew.size
+            left = _seconds_left(course, trials, crew.size)
             course.news("search", found.name, left, trial=trial.number, measurement=found)
             over = over or _is_over(course, found, trials, idle)
         elif (
@@ -93,6 +93,14 @@ def _search(course: Course, trials: int | None, crew: Crew[_Key, Outcome]) -> No
             time.sleep(_LOOK_SECONDS)
         else:
             return
+
+
+def _seconds_left(course: Course, trials: int | None, workers: int) -> float:
+    """Return how long the search goes on with all that comes after it; with nothing left to gain it ends before."""
+    done = sum(row.trial is not None for row in course.ledger.rows)
+    ahead = min(course.space.size - len(_seen(course)), sys.maxsize if trials is None else max(0, trials - done))
+    measuring = ahead * course.budget.each_seconds / workers
+    return min(course.budget.left, measuring + course.confirm_seconds + training_seconds(course))
 
 
 def _idle(course: Course, idle: int) -> int:

@@ -1,0 +1,63 @@
+"""How right a search of the demo model is about its own end, told by what it says after each trial.
+
+    python benchmarks/bench_eta.py
+
+Searches with a budget and with a number of trials, for inference and for training. Of what is said once a third of the
+time is gone: the end it names (time gone plus time left) over the real one.
+
+Written to benchmarks/results/eta.json. Needs two cores that nothing else uses.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from record import write_result
+
+from autoprec import search
+from autoprec.probe.workload import workload_from
+from autoprec.records import Progress
+
+#: of the ratio of ends, from one
+BAR = 0.2
+SEARCHES: dict[str, dict[str, Any]] = {
+    "infer, 1 min": {"mode": "infer", "budget": "60s"},
+    "infer, 12 trials": {"mode": "infer", "budget": "20m", "trials": 12},
+    "train, 2 min": {"mode": "train", "budget": "2m"},
+    "train, 6 trials": {"mode": "train", "budget": "20m", "trials": 6},
+}
+
+
+def ends(asked: dict[str, Any]) -> dict[str, Any]:
+    """Search, and return the ratios of the ends that were named to the real one."""
+    said: list[Progress] = []
+    with tempfile.TemporaryDirectory() as folder:
+        workload = workload_from("demo", mode=asked.pop("mode"))
+        result = search(workload, out=folder, progress=said.append, learn=False, **asked)
+    total = said[-1].elapsed_seconds
+    named = [
+        (p.elapsed_seconds, (p.elapsed_seconds + p.eta_seconds) / total)
+        for p in said
+        if p.stage == "search" and p.eta_seconds is not None and p.elapsed_seconds >= total / 3
+    ]
+    return {
+        "seconds": total,
+        "trials": result.trials,
+        "ended early": any("nothing left to gain" in p.message for p in said),
+        "named end over real end": [round(ratio, 3) for _, ratio in named],
+        "within 20 %": sum(abs(ratio - 1) <= BAR for _, ratio in named),
+        "of": len(named),
+    }
+
+
+def main() -> None:
+    """Search each way and write what came."""
+    found = {name: ends(asked) for name, asked in SEARCHES.items()}
+    for name, row in found.items():
+        print(name, row)
+    print(write_result("eta", {"bar": BAR, "searches": found}))
+
+
+if __name__ == "__main__":
+    main()
