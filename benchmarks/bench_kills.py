@@ -92,13 +92,17 @@ def command(run: Path, trials: int = 100_000) -> list[str]:
 def one_run(run: Path, draw: random.Random, longest: float, most: int) -> list[str]:
     """Run or resume a search until it is killed; return whom the kills met, its workers among them."""
     killed = []
-    with subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as search:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=said) as search,
+    ):
         while True:
             if draw.random() < _AFTER_A_TRIAL:
                 wait_for_a_trial(search, run)
             time.sleep(draw.uniform(0.0, longest))
             if search.poll() is not None:
-                raise SystemExit(f"the search ended by itself with code {search.returncode}")
+                said.seek(0)
+                raise SystemExit(f"the search ended by itself with code {search.returncode}: {said.read()[-2000:]}")
             what = draw.choice(["search", "search in a write", "worker"])
             if what == "worker" and len(killed) + 1 < most:
                 for worker in children(search.pid):

@@ -20,6 +20,7 @@ from autoprec import search
 from autoprec.errors import PlanError
 from autoprec.measurement import DeviceFailed
 from autoprec.records import DeviceProfile, Progress, SearchResult
+from autoprec.runtime.identity import weights_digest
 from autoprec.study import course
 from autoprec.study import worker as worker_file
 from autoprec.study.protocol import Loading
@@ -95,6 +96,26 @@ def test_a_killed_worker_costs_no_trial_and_figures_are_those_of_this_process(
     assert [(m.name, m.drop) for m in result.baselines] == [(m.name, m.drop) for m in here.baselines]
 
 
+def test_a_worker_killed_before_it_measures_anything_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_FAULTS", "1")
+    loading = Loading(model=f"{FAULTY}:make", device="cpu")
+    work = loading.load("cpu")
+    with Worker(loading) as worker:
+
+        def kill() -> None:
+            assert worker._process is not None
+            worker._process.kill()
+            worker._process.wait()
+
+        kill()
+        assert worker.open(work, work, None).weights == weights_digest(work.model)
+        kill()
+        assert worker.first_look().step_seconds > 0
+        kill()
+        found = worker.probe_speed(work, ["bf16"], seconds=1.0, progress=lambda news: None)
+        assert found.times
+
+
 def test_a_model_that_is_another_each_time_is_measured_here_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +158,7 @@ def test_two_workers_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.M
 
 ORPHAN = """
 import sys, time
+from autoprec.runtime.identity import weights_digest
 from autoprec.study.protocol import Loading
 from autoprec.study.worker import Worker
 worker = Worker(Loading(model={model!r}, device="cpu"))

@@ -115,18 +115,18 @@ class Worker:
         """
         self._numbers = {id(batch): index for index, batch in enumerate(whole.batches)}
         self._seen, self._away = self._indices(seen), away
-        self._identity = self._open()
+        self._identity = self._twice(self._open)
         return self._identity
 
     # the functions of this process that a worker stands for
 
     def first_look(self) -> FirstLook:
         """Run the reference a few times, which warms the worker up."""
-        return self._do(FirstLook, "look", _LOAD_SECONDS, batches=self._seen)
+        return self._twice(lambda: self._do(FirstLook, "look", _LOAD_SECONDS, batches=self._seen))
 
     def probe_device(self, device: str, *, seconds: float) -> DeviceProfile:
         """Measure the device that the workload is on."""
-        return self._do(DeviceProfile, "device", self._patience(seconds), seconds=seconds)
+        return self._twice(lambda: self._do(DeviceProfile, "device", self._patience(seconds), seconds=seconds))
 
     def probe_sensitivity(
         self, workload: Workload, formats: Sequence[Format | str], *, seconds: float, seed: int, units: ModelProfile,
@@ -134,7 +134,8 @@ class Worker:
     ) -> SensitivityProfile:  # fmt: skip
         """As `autoprec.probe_sensitivity`."""
         asked = {"formats": [str(f) for f in formats], "seconds": seconds, "seed": seed, "units": as_json(units)}
-        return self._do(SensitivityProfile, "sensitivity", self._patience(seconds), batches=self._seen, **asked)
+        patience = self._patience(seconds)
+        return self._twice(lambda: self._do(SensitivityProfile, "sensitivity", patience, batches=self._seen, **asked))
 
     def probe_speed(
         self,
@@ -146,7 +147,8 @@ class Worker:
     ) -> SpeedProfile:
         """As `probe_speed` of this process."""
         asked: dict[str, Any] = {"formats": [str(f) for f in formats], "seconds": seconds}
-        return self._do(SpeedProfile, "speed", self._patience(seconds), batches=self._seen, **asked)
+        patience = self._patience(seconds)
+        return self._twice(lambda: self._do(SpeedProfile, "speed", patience, batches=self._seen, **asked))
 
     def confirm_training(
         self, workload: Workload, plans: dict[str, Plan], *, steps: int, seeds: int, emulate: bool, seconds: float
@@ -230,14 +232,24 @@ class Worker:
         self._ear.start()
 
     def _open(self) -> Opened:
+        if self._process is None:
+            self._start()
         away = None if self._away is None else as_json(self._away)
         asked = {"loading": as_json(self.loading), "threads": self._threads or torch.get_num_threads(), "away": away}
         return self._call(Opened, "open", time.monotonic() + _LOAD_SECONDS, _LOAD_SECONDS, asked)
 
+    def _twice(self, action: Callable[[], T]) -> T:
+        """Return what an action returns; where somebody killed the worker over it, of a second one."""
+        try:
+            return action()
+        except WorkerLost as error:
+            if not error.killed or self.given_up:
+                raise
+            return action()
+
     def _do(self, kind: type[T], what: str, patience: float, until: float = float("inf"), **asked: Any) -> T:
         """Have a fresh or the same worker do something, and return its answer."""
         if self._process is None:
-            self._start()
             if self._open() != self._identity:
                 raise MeasurementError(
                     f"{self.loading.model} has other weights or data than when this search began. Begin another with "
