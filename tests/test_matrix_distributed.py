@@ -6,6 +6,7 @@ The two processes are started once for each suite and run all its cells; a test 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from distributed_scenarios import SCENARIOS
 from distributed_worker import FAST, NIGHTLY, WORLD, Cell
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,14 +58,27 @@ def _check(found: Found, name: str) -> None:
         assert wrong == [], f"process {rank}:\n" + "\n".join(wrong[:20])
 
 
+def _once(factory: pytest.TempPathFactory, suite: str, seconds: float) -> Found:
+    """Run a suite once for all test processes that stand side by side: four of its own on two cores are slow."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"distributed-{suite}"
+    folder.mkdir(exist_ok=True)
+    result = folder / "found.json"
+    with FileLock(folder / "lock"):
+        if not result.exists():
+            result.write_text(json.dumps(_run(folder, suite, seconds)))
+    found: Found = json.loads(result.read_text())
+    return found
+
+
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return _run(tmp_path_factory.mktemp("fast"), "fast", 280)
+    return _once(tmp_path_factory, "fast", 280)
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return _run(tmp_path_factory.mktemp("full"), "nightly", 3600)
+    return _once(tmp_path_factory, "nightly", 3600)
 
 
 @pytest.mark.slow
