@@ -7,9 +7,9 @@ projections) on 2 windows of 64 tokens, 60 steps. `demo`: the demo GPT, all weig
 the FFNs' gate products 4096 times as large and their output weights as much smaller: the same function, but past FP16's
 65,504. Each is trained under uniform BF16 and FP8 (tensorwise, emulated); under a plan, that of --plan or of a search
 of --budget; and `demo` and `overflow` in FP8 but for the units that lose most by it, as `probe_sensitivity` has them,
-which run in BF16 until the sum of the others is within 0.25 %. Uniform FP16 and BF16 are trained on batches cut to 2 rows of 32 tokens, over
---fp16-seeds, because a CPU's FP16 step takes some 20 times FP32's. False alarms: FP32 runs of twice the seeds, split
-in two at random, 20 times; how often one half is called worse.
+which run in BF16 until the sum of the others is within 0.25 %. Uniform FP16 and BF16 are trained on batches cut to 2
+rows of 32 tokens, over --fp16-seeds, because a CPU's FP16 step takes some 20 times FP32's. False alarms: FP32 runs of
+twice the seeds, split in two at random, 20 times; how often one half is called worse.
 """
 
 from __future__ import annotations
