@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -56,6 +57,7 @@ def sensitivity_of(
         found = probe(workload, formats, seconds=seconds, seed=seed, units=space.profile, progress=tell)
     except MeasurementError as error:
         return None, f"no sensitivity was probed: {error}"
+    found = dataclasses.replace(found, file=None)  # a run folder is sent to others; the cache is this user's
     folder.write("sensitivity.json", as_json(found))
     return found, None
 
