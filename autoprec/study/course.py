@@ -88,8 +88,9 @@ class Course:
     forward_seconds: float
     #: what 100 % of drop is
     scale: float
-    #: kept back for confirmation
+    #: kept back: for two plans on unseen batches, and to train one beside FP32
     confirm_seconds: float
+    training_seconds: float
     #: digest of the model's weights
     weights: str
     #: where the device is not here: drops are emulated, times and memory predicted
@@ -251,9 +252,14 @@ class Course:
             reference_ms=reference.step_ms if reference else None,
             timing_seconds=max(0.5, 0.02 * self.budget.seconds),
             stop_slower=_STOP_SLOWER if reference else None,
-            deadline=self.budget.started + self.budget.seconds - self.confirm_seconds,
+            deadline=self.budget.started + self.budget.seconds - self.reserve_seconds,
             is_hopeless=self._hopeless() if race and self.limit_value > 0 else None,
         )
+
+    @property
+    def reserve_seconds(self) -> float:
+        """What is kept back of the budget for what comes after the trials."""
+        return self.confirm_seconds + self.training_seconds
 
     def noted(self, outcome: Outcome) -> Measurement:
         """Learn from an outcome, and count it."""

@@ -8,7 +8,7 @@ from autoprec.study.course import Course
 from autoprec.study.worker import WorkerLost
 from autoprec.training import confirm_training
 
-__all__ = ["trained_worse", "training_seconds"]
+__all__ = ["trained_worse", "training_ahead"]
 
 SEEDS = 3
 #: below that a loss has hardly moved, above that `autoprec verify --train-steps` is the place
@@ -49,7 +49,7 @@ def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
     return _sentence(found) if found.arms[0].verdict is TrainingVerdict.WORSE else None
 
 
-def training_seconds(course: Course) -> float:
+def training_ahead(course: Course) -> float:
     """Return what training a finalist takes where the budget leaves time enough."""
     if course.workload.mode is not Mode.TRAIN:
         return 0.0

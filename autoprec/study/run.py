@@ -174,7 +174,8 @@ def _prepare(
         unseen=unseen,
         forward_seconds=forward,
         scale=look.scale,
-        confirm_seconds=_confirm_seconds(workload.mode, forward, len(unseen.batches), budget) if unseen else 0.0,
+        confirm_seconds=2 * _BOTH_SIDES * forward * len(unseen.batches) if unseen else 0.0,
+        training_seconds=_TRAINING_SHARE * budget.seconds if unseen and workload.mode is Mode.TRAIN else 0.0,
         budget=budget,
         limit=limit,
         space=built,
@@ -235,12 +236,6 @@ def _assumptions(forecast: Forecast, here: torch.device) -> list[str]:
         "lists, times and memory are predicted for eager steps"
     ]
     return [*found, *forecast.reference.doubts]
-
-
-def _confirm_seconds(mode: Mode, forward: float, batches: int, budget: Budget) -> float:
-    """Return what is kept back: for two plans on unseen batches, and in train mode to train one beside FP32."""
-    training = _TRAINING_SHARE * budget.seconds if mode is Mode.TRAIN else 0.0
-    return 2 * _BOTH_SIDES * forward * batches + training
 
 
 def _runnable(profile: DeviceProfile, here: torch.device) -> DeviceProfile:

@@ -16,7 +16,7 @@ from autoprec.quantities import DropLimit
 from autoprec.records import Measurement
 from autoprec.study.course import Course
 from autoprec.study.crew import Crew
-from autoprec.study.finalists import training_seconds
+from autoprec.study.finalists import training_ahead
 from autoprec.study.knowledge import drop_priors, forecast_priors, time_priors
 from autoprec.study.measuring import Outcome, outcome_of
 from autoprec.study.sampler import FrontSampler
@@ -53,7 +53,7 @@ def _search(course: Course, trials: int | None, crew: Crew[_Key, Outcome]) -> No
         seen, away = _seen(course), _elsewhere(course)
         done = sum(row.trial is not None for row in course.ledger.rows)
         wanted = trials is None or done + len(going) + len(away) < trials
-        if crew.free and wanted and not over and course.budget.has_time(course.confirm_seconds):
+        if crew.free and wanted and not over and course.budget.has_time(course.reserve_seconds):
             if stale >= _STALE or len({*seen, *going, *away}) >= course.space.size:
                 course.news("search", f"the space of {course.space.size} assignments is seen")
                 over = True
@@ -87,7 +87,7 @@ def _search(course: Course, trials: int | None, crew: Crew[_Key, Outcome]) -> No
             and not over
             and trials is not None
             and done < trials
-            and course.budget.has_time(course.confirm_seconds)
+            and course.budget.has_time(course.reserve_seconds)
         ):
             course.say_once("search", "waiting for trials that other machines are at")
             time.sleep(_LOOK_SECONDS)
@@ -100,7 +100,7 @@ def _seconds_left(course: Course, trials: int | None, workers: int) -> float:
     done = sum(row.trial is not None for row in course.ledger.rows)
     ahead = min(course.space.size - len(_seen(course)), sys.maxsize if trials is None else max(0, trials - done))
     measuring = ahead * course.budget.each_seconds / workers
-    return min(course.budget.left, measuring + course.confirm_seconds + training_seconds(course))
+    return min(course.budget.left, measuring + course.confirm_seconds + training_ahead(course))
 
 
 def _idle(course: Course, idle: int) -> int:
