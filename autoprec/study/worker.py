@@ -122,11 +122,11 @@ class Worker:
 
     def first_look(self) -> FirstLook:
         """Run the reference a few times, which warms the worker up."""
-        return self._twice(lambda: self._do(FirstLook, "look", _LOAD_SECONDS, batches=self._seen))
+        return self._do(FirstLook, "look", _LOAD_SECONDS, batches=self._seen)
 
     def probe_device(self, device: str, *, seconds: float) -> DeviceProfile:
         """Measure the device that the workload is on."""
-        return self._twice(lambda: self._do(DeviceProfile, "device", self._patience(seconds), seconds=seconds))
+        return self._do(DeviceProfile, "device", self._patience(seconds), seconds=seconds)
 
     def probe_sensitivity(
         self, workload: Workload, formats: Sequence[Format | str], *, seconds: float, seed: int, units: ModelProfile,
@@ -134,8 +134,7 @@ class Worker:
     ) -> SensitivityProfile:  # fmt: skip
         """As `autoprec.probe_sensitivity`."""
         asked = {"formats": [str(f) for f in formats], "seconds": seconds, "seed": seed, "units": as_json(units)}
-        patience = self._patience(seconds)
-        return self._twice(lambda: self._do(SensitivityProfile, "sensitivity", patience, batches=self._seen, **asked))
+        return self._do(SensitivityProfile, "sensitivity", self._patience(seconds), batches=self._seen, **asked)
 
     def probe_speed(
         self,
@@ -147,8 +146,7 @@ class Worker:
     ) -> SpeedProfile:
         """As `probe_speed` of this process."""
         asked: dict[str, Any] = {"formats": [str(f) for f in formats], "seconds": seconds}
-        patience = self._patience(seconds)
-        return self._twice(lambda: self._do(SpeedProfile, "speed", patience, batches=self._seen, **asked))
+        return self._do(SpeedProfile, "speed", self._patience(seconds), batches=self._seen, **asked)
 
     def confirm_training(
         self, workload: Workload, plans: dict[str, Plan], *, steps: int, seeds: int, emulate: bool, seconds: float
@@ -156,7 +154,9 @@ class Worker:
         """As `confirm_training` of this process, on all batches; `seconds`: what it may take."""
         given = {name: plan.to_json() for name, plan in plans.items()}
         patience = max(SILENT_SECONDS, 2 * seconds)
-        return self._do(TrainingConfirmation, "train", patience, plans=given, steps=steps, seeds=seeds, emulate=emulate)
+        return self._do_once(
+            TrainingConfirmation, "train", patience, plans=given, steps=steps, seeds=seeds, emulate=emulate
+        )
 
     def evaluate(self, request: Request) -> Measurement:
         """As `autoprec.measurement.evaluate`.
@@ -179,7 +179,7 @@ class Worker:
             hopeless=request.is_hopeless if isinstance(request.is_hopeless, Hopeless) else None,
             drop_only=request.drop_only,
         )
-        return self._do(Measurement, "evaluate", self._patience(0.0), until=self.last_call, order=as_json(order))
+        return self._do_once(Measurement, "evaluate", self._patience(0.0), until=self.last_call, order=as_json(order))
 
     def give_up(self) -> None:
         """End what it is at, from whatever thread."""
@@ -247,7 +247,11 @@ class Worker:
                 raise
             return action()
 
-    def _do(self, kind: type[T], what: str, patience: float, until: float = float("inf"), **asked: Any) -> T:
+    def _do(self, kind: type[T], what: str, patience: float, **asked: Any) -> T:
+        """As `_do_once`, and once more where somebody killed the worker over it."""
+        return self._twice(lambda: self._do_once(kind, what, patience, **asked))
+
+    def _do_once(self, kind: type[T], what: str, patience: float, until: float = float("inf"), **asked: Any) -> T:
         """Have a fresh or the same worker do something, and return its answer."""
         if self._process is None:
             if self._open() != self._identity:
