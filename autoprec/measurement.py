@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -127,7 +128,8 @@ def _evaluate(request: Request) -> Measurement:
         kept_state(workload.model, weights=training),
         plain_fp32(device.type),
     ):
-        handle = apply(workload.model, plan, request.emulate)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # nothing is trained here
+            handle = apply(workload.model, plan, request.emulate)
         try:
             if request.drop_only:
                 handle.model.eval()

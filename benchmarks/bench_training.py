@@ -7,9 +7,10 @@ projections) on 2 windows of 64 tokens, 60 steps. `demo`: the demo GPT, all weig
 the FFNs' gate products 4096 times as large and their output weights as much smaller: the same function, but past FP16's
 65,504. Each is trained under uniform BF16 and FP8 (tensorwise, emulated); under a plan, that of --plan or of a search
 of --budget; and `demo` and `overflow` in FP8 but for the units that lose most by it, as `probe_sensitivity` has them,
-which run in BF16 until the sum of the others is within 0.25 %. Uniform FP16 and BF16 are trained on batches cut to 2
-rows of 32 tokens, over --fp16-seeds, because a CPU's FP16 step takes some 20 times FP32's. False alarms: FP32 runs of
-twice the seeds, split in two at random, 20 times; how often one half is called worse.
+which run in BF16 until the sum of the others is within 0.25 %. BF16 weights without FP32 copies (`cast bf16`) stand
+beside them where all weights are trained. Uniform FP16 and BF16 are trained on batches cut to a few rows of a few
+tokens, over --fp16-seeds, because a CPU's FP16 step takes some 20 times FP32's. False alarms: FP32 runs of twice the
+seeds, split in two at random, 20 times; how often one half is called worse. What is complete is written as it comes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import random
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,8 @@ from autoprec import Plan, Workload, probe_sensitivity, search
 from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.probe.workload import workload_from
-from autoprec.records import TrainingVerdict
-from autoprec.training import REFERENCE, confirm_training, judged
+from autoprec.records import TrainingCurve, TrainingVerdict
+from autoprec.training import REFERENCE, Ends, confirm_training, judged
 
 STEPS = {"minilm": 200, "smollm2": 60, "demo": 200, "overflow": 60}
 #: LoRA and a classifier learn at other rates than all weights of a language model
@@ -40,8 +42,8 @@ RATES = {"minilm": 2e-5, "smollm2": 2e-4, "demo": 1e-4, "overflow": 2e-4}
 SPLITS = 20
 #: whose searched plan has no FP8 on a CPU, though what FP8 does to them is the question
 MOSTLY_FP8 = ("demo", "overflow")
-#: of batches for FP16
-FEW_ROWS, FEW_TOKENS = 2, 32
+#: rows and tokens of batches for FP16
+FEW = {"minilm": (2, 32), "smollm2": (1, 16), "demo": (2, 32), "overflow": (1, 16)}
 
 
 def minilm() -> Workload:
@@ -89,20 +91,21 @@ def demo() -> Workload:
 WORKLOADS = {"minilm": minilm, "smollm2": smollm2, "demo": demo, "overflow": lambda: smollm2(loud=True)}
 
 
-def few(workload: Workload) -> Workload:
+def few(workload: Workload, rows: int, tokens: int) -> Workload:
     """Return the workload on small batches."""
     batches: list[dict[str, torch.Tensor]] = [dict(batch) for batch in workload.batches]
-    cut = [{k: v[:FEW_ROWS, :FEW_TOKENS] if v.dim() > 1 else v[:FEW_ROWS] for k, v in b.items()} for b in batches]
+    cut = [{k: v[:rows, :tokens] if v.dim() > 1 else v[:rows] for k, v in b.items()} for b in batches]
     return workload.with_batches(cut)
 
 
-def false_alarms(finals: list[float]) -> dict[str, int]:
-    """Split final losses of FP32 in two at random, again and again, and count the verdicts of one half on the other."""
-    half, draw = len(finals) // 2, random.Random(0)
+def false_alarms(curves: list[TrainingCurve]) -> dict[str, int]:
+    """Split runs of FP32 in two at random, again and again, and count the verdicts of one half on the other."""
+    half, draw = len(curves) // 2, random.Random(0)
     counts = dict.fromkeys(map(str, TrainingVerdict), 0)
     for _ in range(SPLITS):
-        draw.shuffle(finals)
-        counts[str(judged("other seeds", finals[:half], finals[half : 2 * half])[0].verdict)] += 1
+        draw.shuffle(curves)
+        one, other = (Ends.of(part, REFERENCE) for part in (curves[:half], curves[half : 2 * half]))
+        counts[str(judged("other seeds", one, other).verdict)] += 1
     return counts
 
 
@@ -140,34 +143,46 @@ def main() -> None:
     asked = parser.parse_args()
     for name in asked.models or ["minilm", "smollm2"]:
         workload = WORKLOADS[name]()
-        plans = {f"uniform {f}": Plan.uniform(workload.model, f) for f in ("bf16", "fp16", "fp8")}
-        small = {f"uniform {f}": plans[f"uniform {f}"] for f in ("bf16", "fp16")}
-        del plans["uniform fp16"]
-        plan = Plan.load(asked.plan) if asked.plan else searched(workload, asked.budget)
-        if plan is not None:
-            plans["the plan"] = plan
-        if name in MOSTLY_FP8:
-            plans["fp8 but for sensitive units"] = mostly_fp8(workload)
-        options: dict[str, Any] = {"steps": asked.steps or STEPS[name], "learning_rate": RATES[name], "emulate": True}
-        found = confirm_training(
-            workload, plans, seeds=asked.seeds, tell=lambda text: print(text, flush=True), **options
+        train = partial(
+            confirm_training,
+            steps=asked.steps or STEPS[name],
+            learning_rate=RATES[name],
+            emulate=True,
+            tell=lambda text: print(text, flush=True),
         )
-        others = confirm_training(workload, {}, seeds=asked.seeds, first_seed=asked.seeds, **options)
-        finals = [
-            c.final_loss for c in (*found.curves, *others.curves) if c.name == REFERENCE and c.final_loss is not None
-        ]
-        cut = confirm_training(
-            few(workload), small, seeds=asked.fp16_seeds, tell=lambda text: print(text, flush=True), **options
-        )
-        figures = {
+        plans = plans_of(name, workload, Plan.load(asked.plan) if asked.plan else searched(workload, asked.budget))
+        figures: dict[str, Any] = {
             "model": name,
             "units by format": {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()},
-            "training": as_json(found),
-            f"training on {FEW_ROWS} rows of {FEW_TOKENS} tokens": as_json(cut),
-            f"verdicts on FP32 with other seeds, {SPLITS} splits": false_alarms(finals),
-            "losses of those": finals,
         }
-        print(write_result(f"training-{name}", figures), [str(arm.verdict) for arm in (*found.arms, *cut.arms)])
+        found = train(workload, plans, seeds=asked.seeds)
+        print(keep(name, figures, training=as_json(found)), [str(arm.verdict) for arm in found.arms])
+        others = train(workload, {}, seeds=asked.seeds, first_seed=asked.seeds)
+        alarms = false_alarms([c for c in (*found.curves, *others.curves) if c.name == REFERENCE])
+        keep(name, figures, **{"other seeds": as_json(others), f"verdicts on those, {SPLITS} splits": alarms})
+        if asked.fp16_seeds:
+            rows, tokens = FEW[name]
+            small = {f"uniform {f}": Plan.uniform(workload.model, f) for f in ("bf16", "fp16")}
+            cut = train(few(workload, rows, tokens), small, seeds=asked.fp16_seeds)
+            keep(name, figures, **{f"training, {rows} rows of {tokens} tokens": as_json(cut)})
+
+
+def plans_of(name: str, workload: Workload, plan: Plan | None) -> dict[str, Plan]:
+    """Return what is trained beside FP32."""
+    plans = {f"uniform {f}": Plan.uniform(workload.model, f) for f in ("bf16", "fp8")}
+    if all(p.requires_grad for p in workload.model.parameters()):
+        plans["cast bf16"] = Plan.cast(workload.model, "bf16")
+    if plan is not None:
+        plans["the plan"] = plan
+    if name in MOSTLY_FP8:
+        plans["fp8 but for sensitive units"] = mostly_fp8(workload)
+    return plans
+
+
+def keep(name: str, figures: dict[str, Any], **more: Any) -> Path:
+    """Write what is complete."""
+    figures.update(more)
+    return write_result(f"training-{name}", figures)
 
 
 if __name__ == "__main__":

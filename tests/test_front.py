@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -77,6 +78,11 @@ def test_the_front_of_the_front_is_itself(points: list[tuple[float, float]]) -> 
 def test_measurements_keep_their_names() -> None:
     found = pareto_front([point(1.0, 1.0, "fast"), point(2.0, 2.0, "beaten"), point(0.0, 3.0, "exact")])
     assert [m.name for m in found] == ["exact", "fast"]
+
+
+def test_what_is_barred_is_on_no_front_and_hides_nothing() -> None:
+    barred = replace(point(0.0, 0.5, "barred"), barred=True)
+    assert pareto_front([barred, point(1.0, 1.0)]) == [point(1.0, 1.0)]
 
 
 def test_what_has_no_figures_is_on_no_front() -> None:

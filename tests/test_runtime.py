@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -150,6 +151,18 @@ def test_cast_is_model_to_bit_for_bit_and_gives_the_bits_back(
         assert_same(run(model), expected)
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) and before[k].dtype is after[k].dtype for k in before)
+
+
+def test_a_cast_for_training_says_that_updates_are_lost(model: nn.Module) -> None:
+    with pytest.warns(UserWarning, match=r"1/512 of a weight is lost.*'bf16-stochastic'"):
+        apply(model, Plan.cast(model, "bf16")).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply(model, Plan.cast(model, "bf16", mode="infer")).remove()
+        apply(model, Plan.uniform(model, "bf16")).remove()
+        model.requires_grad_(False)
+        apply(model, Plan.cast(model, "bf16")).remove()
+    model.requires_grad_(True)
 
 
 def test_cast_keeps_what_training_changed(model: nn.Module) -> None:

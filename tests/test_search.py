@@ -26,6 +26,7 @@ from searching import (
     assert_as_found,
     instead,
     names_of,
+    sample_device,
     saved,
     state_of,
     table,
@@ -43,9 +44,11 @@ from autoprec.recommender.learned import current_tree, shipped_tree
 from autoprec.recommender.table import user_table
 from autoprec.records import (
     DeviceProfile,
+    FormatSupport,
     Measurement,
     Mode,
     Progress,
+    Support,
     VerdictDecision,
 )
 from autoprec.study import course
@@ -89,6 +92,9 @@ def test_a_search_measures_and_writes(tmp_path: Path, mode: str) -> None:
     if mode == "train":
         measured = [m for m in result.baselines if m.drop is not None]
         assert all(m.grad_error is not None and m.grad_error_limit is not None for m in measured)
+    # bf16 weights without fp32 copies are measured, but not to train with
+    assert [m.name for m in result.baselines if m.barred] == (["cast bf16"] if mode == "train" else [])
+    assert mode == "infer" or "cast bf16" not in {m.name for m in result.front}
 
     rows = table(out)
     assert (
@@ -289,6 +295,27 @@ def test_baselines_that_do_not_fit_are_left_out_and_measured_on_resume(
     assert {m.name for m in second.baselines if m.drop is not None} == set(RUNNABLE)
     assert second.trials == 3
     assert second.seconds == 20.0 + 50.0 and second.evaluations == 2 + 5
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_where_only_fp32_is_native_there_is_nothing_to_choose_and_the_search_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    known = sample_device()
+    slow = FormatSupport(Support.EMULATED, "it runs, and gains nothing beyond the noise")
+    plain = dataclasses.replace(known, formats={**known.formats, Format.BF16: slow})
+    monkeypatch.setattr("autoprec.study.run.probe_device", lambda *_, **__: plain)
+    instead(monkeypatch, lambda r, real: real(r) if r.name == "uniform fp32" else stopped(r))
+
+    result = search(workload(mode), budget=300, out=tmp_path / "run")
+    assert result.trials == 0 and result.chosen is None
+    assert result.verdict.text.startswith("Do nothing: every plan but FP32 was stopped as too slow here, or cannot run")
+    assert [m.name for m in result.front] == ["uniform fp32"]
+    assert not any(m.barred for m in result.baselines)  # the reason of what never ended is why it was stopped
+
+
+def stopped(request: Request) -> Measurement:
+    return Measurement(name=request.name, assignment=request.plan.assignment, reason="stopped after its first step")
 
 
 def test_with_a_device_probed_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

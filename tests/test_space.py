@@ -367,6 +367,13 @@ def test_baselines_on_a_cpu() -> None:
     assert all(b.plan.mode is Mode.TRAIN and b.plan.device.name == "sample-cpu" for b in found.values() if b.plan)
 
 
+def test_weights_stored_low_without_copies_are_barred_in_training_alone() -> None:
+    train, infer = ({b.name: b for b in baselines(gpt2(), CPU, mode)} for mode in (Mode.TRAIN, Mode.INFER))
+    assert [name for name, b in train.items() if b.barred] == ["cast bf16"]
+    assert "1/512 of a weight" in str(train["cast bf16"].reason)
+    assert not any(b.barred for b in infer.values())
+
+
 def test_baselines_where_all_is_native() -> None:
     found = {b.name: b.plan for b in baselines(bert(), ALL, Mode.INFER)}
     assert list(found) == [

@@ -110,7 +110,6 @@ def test_a_cast_is_a_baseline_and_no_uniform_plan() -> None:
         (made("uniform bf16", 0.001, 0.8), made("trial 3", 0.0005, 0.9)),  # within the limit and slower
         (made("trial 3", 0.001, 1.05, spread=0.1),),  # faster, and its interval holds 1
         (made("trial 3", 0.001, 2.0, grad_error=0.2),),  # its gradient is beyond the limit
-        (Measurement(name="uniform fp16", assignment={}, reason="stopped"),),
     ],
 )
 def test_do_nothing(others: tuple[Measurement, ...]) -> None:
@@ -122,6 +121,12 @@ def test_do_nothing(others: tuple[Measurement, ...]) -> None:
         best_uniform="uniform fp32",
         break_even_hours=None,
     )
+
+
+def test_a_device_that_computes_nothing_but_fp32_is_told() -> None:
+    chosen, verdict = judge(FP32, Measurement(name="uniform fp16", assignment={}, reason="stopped"))
+    assert chosen is None and verdict.decision is VerdictDecision.DO_NOTHING
+    assert verdict.text.startswith("Do nothing: every plan but FP32 was stopped as too slow here, or cannot run")
 
 
 def test_fp32_is_never_the_plan_to_use_however_lucky_its_timing() -> None:

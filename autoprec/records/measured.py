@@ -67,7 +67,7 @@ class Measurement:
     of `reference_step_ms`, this measurement's own, or of a whole search, so that its figures share one clock. `drop`
     is in nats, or a relative squared error for models of values. `metric` is the user's own, `task_metric` that of
     labelled data. `batch_drops` are drops by batch, in their order. A figure that was not measured is None; `reason`
-    says why.
+    says why, and why a plan that is `barred` is on no front: measured to compare with, and not to be used.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -95,4 +95,5 @@ class Measurement:
     origin: MeasurementOrigins = MeasurementOrigins()
     plan: str | None = None
     reason: str | None = None
+    barred: bool = False
     batch_drops: tuple[float, ...] = ()

@@ -12,16 +12,16 @@ __all__ = ["TrainedArm", "TrainingConfirmation", "TrainingCurve", "TrainingVerdi
 
 
 class TrainingVerdict(StrEnum):
-    """What training under a plan did to the loss on held-out batches, against FP32."""
+    """What training under a plan did to the loss, on held-out batches and on those trained on, against FP32."""
 
-    NOT_WORSE = "not-worse"  #: the upper end of the gap's interval is under the margin
-    WORSE = "worse"  #: the lower end is over zero and the upper over the margin, or the loss was not finite
-    UNDECIDED = "undecided"  #: the interval holds both zero and more than the margin: more seeds or steps would tell
+    NOT_WORSE = "not-worse"  #: the upper ends of both gaps' intervals are under their margins
+    WORSE = "worse"  #: of one gap the lower end is over zero and the upper over the margin, or a loss was not finite
+    UNDECIDED = "undecided"  #: an interval holds both zero and more than the margin: more seeds or steps would tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingCurve:
-    """One run: the loss of each step, and that on held-out batches in FP32 after the last."""
+    """One run: the loss of each step, and in FP32 after the last that on held-out batches and on some trained on."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -32,11 +32,12 @@ class TrainingCurve:
     skipped_steps: int  #: by the gradient scaler
     reason: str | None = None  #: why it ended early
     final_metric: float | None = None  #: on held-out batches beside the loss, where there are labels or a metric
+    final_train_loss: float | None = None  #: on as many batches that were trained on, as `final_loss` otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedArm:
-    """All runs of one plan against those of FP32 with the same seeds; the gap is theirs minus FP32's."""
+    """All runs of one plan against those of FP32 with the same seeds; the gaps are theirs minus FP32's."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -45,6 +46,8 @@ class TrainedArm:
     gap_ci95: tuple[float, float] | None
     verdict: TrainingVerdict
     reason: str
+    train_gap: float | None = None  #: on batches trained on; what a lossy update does not learn shows here
+    train_gap_ci95: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,4 +65,5 @@ class TrainingConfirmation:
     arms: tuple[TrainedArm, ...]
     curves: tuple[TrainingCurve, ...]
     notes: tuple[str, ...] = ()
+    train_margin: float | None = None  #: of `train_gap`
     metric: str | None = None  #: what `final_metric` is: accuracy, perplexity, or the user's own metric

@@ -37,7 +37,7 @@ def front_panel(standing: Standing, width: int, height: int) -> RenderableType:
     stopped = stopped[: max(0, left - len(done))]
     parts: list[RenderableType] = []
     if done or stopped:
-        parts.append(_line("Baselines", "that another plan beats, or that were not run", width))
+        parts.append(_line("Baselines", "not on the front, or not run", width))
         parts += [_table(done, standing, width, None)] if done else []
         parts += [_line("", f"{m.name}: {m.reason}", width) for m in stopped]
     shown, marked = _around(front, standing.chosen, max(_FEWEST, room - len(done) - len(stopped)))

@@ -118,7 +118,7 @@ def unmade(result: SearchResult) -> list[Fact]:
             text += f": drop {number(one.drop)} {unit}, between {number(one.low)} and {number(one.high)}"
         found.append(Fact(f"confirmation of {one.name}", text + (f" ({one.reason})" if one.reason else "")))
     for arm in (arm for trained in result.trained for arm in trained.arms):
-        gap = f"loss {interval(arm.gap, arm.gap_ci95)} over FP32's: " if arm.gap is not None else ""
+        gap = f"held-out loss {interval(arm.gap, arm.gap_ci95)} over FP32's: " if arm.gap is not None else ""
         found.append(Fact(f"training of {arm.name}", f"{arm.verdict}, {gap}{arm.reason}"))
     return [*found, *(Fact("note", note) for note in result.notes)]
 

@@ -15,8 +15,23 @@ def print_training(console: Console, found: TrainingConfirmation, origin: Origin
     """Print each plan's gap to FP32 after training, beside what seeds do to FP32; `origin` is of all losses."""
     notes = ", ".join((f"{found.steps} steps", f"{found.seeds} seeds", *found.notes))
     print_heading(console, "Trained beside FP32", f"{notes}; {origin}")
-    columns: list[Column] = [("", "left"), ("held-out loss, over fp32", "right"), ("verdict", "left"), ("", "left")]
-    rows = [[arm.name, interval(arm.gap, arm.gap_ci95), str(arm.verdict), arm.reason] for arm in found.arms]
+    columns: list[Column] = [
+        ("loss over fp32's", "left"),
+        ("held-out", "right"),
+        ("trained on", "right"),
+        ("verdict", "left"),
+        ("", "left"),
+    ]
+    rows = [
+        [
+            arm.name,
+            interval(arm.gap, arm.gap_ci95),
+            interval(arm.train_gap, arm.train_gap_ci95),
+            str(arm.verdict),
+            arm.reason,
+        ]
+        for arm in found.arms
+    ]
     print_table(console, columns, rows)
     print_line(
         console,

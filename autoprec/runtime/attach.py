@@ -6,6 +6,7 @@ Everything is checked first, the swaps are decided (`layout`), then done at once
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from autoprec.errors import PlanError, UsageError
 from autoprec.plan import Plan
-from autoprec.runtime.checks import check_device, check_fits, check_forwards, check_leaves, check_trained
+from autoprec.runtime.checks import check_device, check_fits, check_forwards, check_leaves, check_trained, lost_updates
 from autoprec.runtime.identity import canonical_modules
 from autoprec.runtime.integrity import check_once, note
 from autoprec.runtime.layout import Swap, swaps_of
@@ -175,6 +176,9 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Stora
             call; `bf16-master` or `bf16-stochastic` for training, with the optimizers of `runtime.optimizers`. No
             forward's result changes by a bit.
 
+    Warns:
+        UserWarning: trained weights are stored low without copies, as `Plan.cast` does, so that small updates are lost.
+
     Raises:
         UsageError: no such storage.
         PlanError: the plan does not fit the model, is in force already, or asks for what its weights cannot give.
@@ -185,6 +189,8 @@ def apply(model: nn.Module, plan: Plan, emulate: bool = False, *, storage: Stora
         raise PlanError(flat)
     check_fits(model, plan, modules)
     kept = _storage(storage)
+    if warning := lost_updates(model, plan):
+        warnings.warn(warning, stacklevel=2)
     decided = _decide(model, plan, modules, emulate, kept)
     handle = Applied(model=model, emulate=emulate, storage=kept, _modules=modules, _decided=decided)
     handle._attach()

@@ -20,7 +20,7 @@ from autoprec.runtime.integrity import patched_forward
 from autoprec.runtime.layout import Swap, holds_experts, is_packed
 from autoprec.runtime.scope import Scope
 
-__all__ = ["check_device", "check_fits", "check_forwards", "check_leaves", "check_trained"]
+__all__ = ["check_device", "check_fits", "check_forwards", "check_leaves", "check_trained", "lost_updates"]
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -66,6 +66,20 @@ def check_trained(model: nn.Module, plan: Plan) -> None:
         f"{len(low)} of the weights to be trained are stored in {kind} (first '{name}'), and {harm}. Load the model "
         "with dtype=torch.float32 (the plan does the casting), freeze what is not to be trained, choose storage='bf16-"
         "master' or 'bf16-stochastic' with its optimizer, or for inference make the plan with mode='infer'."
+    )
+
+
+def lost_updates(model: nn.Module, plan: Plan) -> str | None:
+    """Return a warning where weights to be trained are stored low without copies, as by `Plan.cast`."""
+    trained = plan.mode is Mode.TRAIN and any(p.requires_grad for p in model.parameters())
+    if not trained or plan.stream is Format.FP32:
+        return None
+    part = 4096 if plan.stream is Format.FP16 else 512
+    return (
+        f"the plan stores weights that are to be trained in {plan.stream}, without fp32 copies: an update smaller than "
+        f"1/{part} of a weight is lost. Plan.uniform(model, '{plan.stream}') keeps fp32 weights or, with storage="
+        "'bf16-stochastic' and runtime.optimizers.stochastic_adamw, rounds updates at random. For inference make the "
+        "plan with mode='infer'."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from autoprec.errors import MeasurementError, StudyError
@@ -50,6 +51,8 @@ def _baseline(course: Course, baseline: Baseline) -> Measurement:
     if baseline.plan is None:
         return Measurement(name=baseline.name, assignment={}, reason=baseline.reason)
     found = course.noted(outcome_of(course.request(baseline.plan, baseline.name), course.worker, course.budget))
+    if baseline.barred and found.step_ms is not None:
+        found = replace(found, barred=True, reason="; ".join(filter(None, (found.reason, baseline.reason))))
     if course.ledger.reference is None:
         # the reference against itself: its speedup is the noise of this machine
         if found.step_ms is None:

@@ -70,7 +70,7 @@ class Belief:
 
     def given(self, rows: Array, sums: Array) -> Posterior:
         """Return the belief after sums [N] over what rows [N, P] of 0 and 1 choose."""
-        if len(rows) == 0:
+        if rows.size == 0:  # no sums, or no parts: a space without a choice
             return Posterior(self.mean, self._root(1.0), self.noises[-1], self.floor)
         few = slice(-_MOST_FOR_CHOICE, None)
         options = itertools.product(self.widths, self.noises)

@@ -26,7 +26,7 @@ def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
         return None
     unseen = course.unseen.batches if course.unseen is not None else ()
     workload = course.workload.with_batches([*course.workload.batches, *unseen])
-    each = course.budget.left / (2 * SEEDS) - _held_out_seconds(course)
+    each = course.budget.left / (2 * SEEDS) - _ends_seconds(course)
     steps = min(_MOST, int(each / (_STEP * course.forward_seconds)))
     if steps < _FEWEST:
         course.notes.append(
@@ -53,13 +53,13 @@ def training_ahead(course: Course) -> float:
     """Return what training a finalist takes where the budget leaves time enough."""
     if course.workload.mode is not Mode.TRAIN:
         return 0.0
-    return 2 * SEEDS * (_MOST * _STEP * course.forward_seconds + _held_out_seconds(course))
+    return 2 * SEEDS * (_MOST * _STEP * course.forward_seconds + _ends_seconds(course))
 
 
-def _held_out_seconds(course: Course) -> float:
-    """Return what a forward of each batch held out takes, after each run."""
+def _ends_seconds(course: Course) -> float:
+    """Return what the forwards after each run take: of the quarter of batches held out, and of as many others."""
     batches = len(course.workload.batches) + (len(course.unseen.batches) if course.unseen else 0)
-    return course.forward_seconds * max(1, batches // 4)
+    return course.forward_seconds * 2 * max(1, batches // 4)
 
 
 def _sentence(found: TrainingConfirmation) -> str:

@@ -48,8 +48,8 @@ def pareto_indices(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def feasible(measurement: Measurement) -> bool:
-    """Say whether a measurement has both objectives and keeps its gradient within its limit."""
-    if measurement.drop is None or measurement.step_ms is None:
+    """Say whether a measurement may be used, has both objectives and keeps its gradient within its limit."""
+    if measurement.barred or measurement.drop is None or measurement.step_ms is None:
         return False
     if measurement.grad_error is None or measurement.grad_error_limit is None:
         # train mode gives a reason where there is no finite gradient; infer mode has neither
