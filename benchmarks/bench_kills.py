@@ -1,11 +1,12 @@
 """Kill searches of the demo model at random moments, resume them, and count what was lost.
 
-    python benchmarks/bench_kills.py --kills 200
+    python benchmarks/bench_kills.py --kills 200 [--device h100-sxm]
 
 Each kill is `kill -9` of the search or of its worker process, after a random time; half of those of the search wait for
 a write of the run folder, and come in the middle of it where they can. After each kill of the search its folder is read
 as the next one will find it, and the search is resumed. In the end one search goes on to the end, and the front it
-reports is compared with the front of every trial that was ever noted as measured.
+reports is compared with the front of every trial that was ever noted as measured. On a machine that computes nothing
+faster than FP32 there is nothing to search: --device names a card to emulate.
 
 Written to benchmarks/results/kills.json: trials lost, files that could not be read, whether the fronts are equal, and
 what a trial takes beyond its measurement.
@@ -23,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +42,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=25.0, help="seconds until a kill")
+    parser.add_argument("--device", default="auto")
     given = parser.parse_args()
+    search = partial(command, given.device)
     draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         counts = {"search": 0, "search in a write": 0, "worker": 0}
         lost, unreadable, known = 0, list[str](), dict[int, Any]()
         while sum(counts.values()) < given.kills:
-            killed = one_run(run, draw, given.longest, given.kills - sum(counts.values()))
+            killed = one_run(search, run, draw, given.longest, given.kills - sum(counts.values()))
             for what in killed:
                 counts[what] += 1
             unreadable += faults_of(run)
@@ -54,13 +59,14 @@ def main() -> None:
             lost += sum(now.get(number) != found for number, found in known.items())
             known = now
             print(f"{sum(counts.values())} kills, {len(known)} trials measured, {lost} lost, {unreadable}", flush=True)
-        subprocess.run(command(run, len(known) + 2), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(search(run, len(known) + 2), check=True, stdout=subprocess.DEVNULL)
         unreadable += faults_of(run)
         final = measured(run)
         lost += sum(final.get(number) != found for number, found in known.items())
         write_result(
             "kills",
             {
+                "device of the searches": given.device,
                 "kills": counts,
                 "trials": len(final),
                 "trials_lost": lost,
@@ -71,7 +77,7 @@ def main() -> None:
         )
 
 
-def command(run: Path, trials: int = 100_000) -> list[str]:
+def command(device: str, run: Path, trials: int = 100_000) -> list[str]:
     # with a number of trials a search does not end where nothing is left to gain
     words = [
         sys.executable,
@@ -79,6 +85,8 @@ def command(run: Path, trials: int = 100_000) -> list[str]:
         "autoprec",
         "search",
         "demo",
+        "--device",
+        device,
         "--budget",
         "1h",
         "--resume",
@@ -89,7 +97,9 @@ def command(run: Path, trials: int = 100_000) -> list[str]:
     return [*words, "--trials", str(trials)]
 
 
-def one_run(run: Path, draw: random.Random, longest: float, most: int) -> list[str]:
+def one_run(
+    command: Callable[[Path], list[str]], run: Path, draw: random.Random, longest: float, most: int
+) -> list[str]:
     """Run or resume a search until it is killed; return whom the kills met, its workers among them."""
     killed = []
     with (

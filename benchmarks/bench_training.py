@@ -5,12 +5,11 @@
 `minilm`: the spam classifier on 40 batches of 8 mails of up to 64 tokens, 200 steps. `smollm2`: LoRA (rank 8, all
 projections) on 2 windows of 64 tokens, 60 steps. `demo`: the demo GPT, all weights, 200 steps. `overflow`: SmolLM2 with
 the FFNs' gate products 4096 times as large and their output weights as much smaller: the same function, but past FP16's
-65,504. Each is trained under uniform BF16 and FP8 (tensorwise, emulated); under a plan, that of --plan or of a search
-of --budget; and `demo` and `overflow` in FP8 but for the units that lose most by it, as `probe_sensitivity` has them,
-which run in BF16 until the sum of the others is within 0.25 %. BF16 weights without FP32 copies (`cast bf16`) stand
-beside them where all weights are trained. Uniform FP16 and BF16 are trained on batches cut to a few rows of a few
-tokens, over --fp16-seeds, because a CPU's FP16 step takes some 20 times FP32's. False alarms: FP32 runs of twice the
-seeds, split in two at random, 20 times; how often one half is called worse. What is complete is written as it comes.
+65,504. Plans are those for --device, whose arithmetic is emulated: uniform BF16, FP16 and FP8 (tensorwise); BF16
+weights without FP32 copies (`cast bf16`) where all weights are trained; a plan, that of --plan or of a search of
+--budget; and FP8 but for the units that lose most by it, as `probe_sensitivity` has them, which run in BF16 until the
+sum of the others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at random, 20 times; how
+often one half is called worse. What is complete is written as it comes.
 """
 
 from __future__ import annotations
@@ -30,20 +29,17 @@ from record import write_result
 from spam import load_classifier
 
 from autoprec import Plan, Workload, probe_sensitivity, search
+from autoprec.catalog import find_device
 from autoprec.files import as_json
 from autoprec.formats import Format
 from autoprec.probe.workload import workload_from
-from autoprec.records import TrainingCurve, TrainingVerdict
+from autoprec.records import DeviceProfile, TrainingCurve, TrainingVerdict
 from autoprec.training import REFERENCE, Ends, confirm_training, judged
 
 STEPS = {"minilm": 200, "smollm2": 60, "demo": 200, "overflow": 60}
 #: LoRA and a classifier learn at other rates than all weights of a language model
 RATES = {"minilm": 2e-5, "smollm2": 2e-4, "demo": 1e-4, "overflow": 2e-4}
 SPLITS = 20
-#: whose searched plan has no FP8 on a CPU, though what FP8 does to them is the question
-MOSTLY_FP8 = ("demo", "overflow")
-#: rows and tokens of batches for FP16
-FEW = {"minilm": (2, 32), "smollm2": (1, 16), "demo": (2, 32), "overflow": (1, 16)}
 
 
 def minilm() -> Workload:
@@ -91,13 +87,6 @@ def demo() -> Workload:
 WORKLOADS = {"minilm": minilm, "smollm2": smollm2, "demo": demo, "overflow": lambda: smollm2(loud=True)}
 
 
-def few(workload: Workload, rows: int, tokens: int) -> Workload:
-    """Return the workload on small batches."""
-    batches: list[dict[str, torch.Tensor]] = [dict(batch) for batch in workload.batches]
-    cut = [{k: v[:rows, :tokens] if v.dim() > 1 else v[:rows] for k, v in b.items()} for b in batches]
-    return workload.with_batches(cut)
-
-
 def false_alarms(curves: list[TrainingCurve]) -> dict[str, int]:
     """Split runs of FP32 in two at random, again and again, and count the verdicts of one half on the other."""
     half, draw = len(curves) // 2, random.Random(0)
@@ -109,18 +98,19 @@ def false_alarms(curves: list[TrainingCurve]) -> dict[str, int]:
     return counts
 
 
-def searched(workload: Workload, budget: str) -> Plan | None:
+def searched(workload: Workload, device: str, budget: str) -> Plan | None:
     """Return the plan that a search chooses, None where it finds nothing worth using."""
     with tempfile.TemporaryDirectory() as folder:
-        result = search(workload, budget=budget, out=folder)
+        result = search(workload, device=device, budget=budget, out=folder)
+        print(result.verdict.text, flush=True)
         path = Path(folder) / "plan.json"
         return Plan.load(path) if result.chosen is not None and path.exists() else None
 
 
-def mostly_fp8(workload: Workload) -> Plan:
+def mostly_fp8(workload: Workload, device: DeviceProfile) -> Plan:
     """Return uniform FP8 with the most sensitive units in BF16, until what the others lose is within 0.25 %."""
     profile = probe_sensitivity(workload, formats=("fp8",))
-    plan = Plan.uniform(workload.model, "fp8")
+    plan = Plan.uniform(workload.model, "fp8", device=device)
     lost = {u.name: max(0.0, profile[u.name, "fp8"].value) for u in plan.units if u.format is Format.FP8}
     raised = []
     for name in sorted(lost, key=lambda name: -lost[name]):
@@ -131,58 +121,53 @@ def mostly_fp8(workload: Workload) -> Plan:
     return plan.replace(dict.fromkeys(raised, "bf16"))
 
 
+def plans_of(workload: Workload, device: DeviceProfile, plan: Plan | None) -> dict[str, Plan]:
+    """Return what is trained beside FP32."""
+    plans = {f"uniform {f}": Plan.uniform(workload.model, f, device=device) for f in ("bf16", "fp16", "fp8")}
+    if all(p.requires_grad for p in workload.model.parameters()):
+        plans["cast bf16"] = Plan.cast(workload.model, "bf16", device=device)
+    if plan is not None:
+        plans["the searched plan"] = plan
+    plans["fp8 but for sensitive units"] = mostly_fp8(workload, device)
+    return plans
+
+
 def main() -> None:
     """Train what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="minilm, smollm2, demo, overflow; default: minilm and smollm2")
+    parser.add_argument("--device", default="h100-sxm-80gb")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--fp16-seeds", type=int, default=3)
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--budget", default="5m")
+    parser.add_argument("--only", nargs="+", help="of these plans, as 'uniform fp16'")
     asked = parser.parse_args()
+    device = find_device(asked.device)
     for name in asked.models or ["minilm", "smollm2"]:
         workload = WORKLOADS[name]()
         train = partial(
             confirm_training,
+            seeds=asked.seeds,
             steps=asked.steps or STEPS[name],
             learning_rate=RATES[name],
             emulate=True,
             tell=lambda text: print(text, flush=True),
         )
-        plans = plans_of(name, workload, Plan.load(asked.plan) if asked.plan else searched(workload, asked.budget))
-        figures: dict[str, Any] = {
-            "model": name,
-            "units by format": {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()},
-        }
-        found = train(workload, plans, seeds=asked.seeds)
-        print(keep(name, figures, training=as_json(found)), [str(arm.verdict) for arm in found.arms])
-        others = train(workload, {}, seeds=asked.seeds, first_seed=asked.seeds)
-        alarms = false_alarms([c for c in (*found.curves, *others.curves) if c.name == REFERENCE])
-        keep(name, figures, **{"other seeds": as_json(others), f"verdicts on those, {SPLITS} splits": alarms})
-        if asked.fp16_seeds:
-            rows, tokens = FEW[name]
-            small = {f"uniform {f}": Plan.uniform(workload.model, f) for f in ("bf16", "fp16")}
-            cut = train(few(workload, rows, tokens), small, seeds=asked.fp16_seeds)
-            keep(name, figures, **{f"training, {rows} rows of {tokens} tokens": as_json(cut)})
-
-
-def plans_of(name: str, workload: Workload, plan: Plan | None) -> dict[str, Plan]:
-    """Return what is trained beside FP32."""
-    plans = {f"uniform {f}": Plan.uniform(workload.model, f) for f in ("bf16", "fp8")}
-    if all(p.requires_grad for p in workload.model.parameters()):
-        plans["cast bf16"] = Plan.cast(workload.model, "bf16")
-    if plan is not None:
-        plans["the plan"] = plan
-    if name in MOSTLY_FP8:
-        plans["fp8 but for sensitive units"] = mostly_fp8(workload)
-    return plans
-
-
-def keep(name: str, figures: dict[str, Any], **more: Any) -> Path:
-    """Write what is complete."""
-    figures.update(more)
-    return write_result(f"training-{name}", figures)
+        plan = Plan.load(asked.plan) if asked.plan else searched(workload, asked.device, asked.budget)
+        plans = plans_of(workload, device, plan)
+        if asked.only:
+            plans = {name: plans[name] for name in asked.only}
+        formats = {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()}
+        figures: dict[str, Any] = {"model": name, "emulated": device.name, "units by format": formats}
+        found = train(workload, plans)
+        figures["training"] = as_json(found)
+        print(write_result(f"training-{name}", figures), [str(arm.verdict) for arm in found.arms], flush=True)
+        others = train(workload, {}, first_seed=asked.seeds)
+        figures["FP32 with other seeds"] = as_json(others)
+        curves = [c for c in (*found.curves, *others.curves) if c.name == REFERENCE]
+        figures[f"verdicts on {SPLITS} splits of FP32's seeds"] = false_alarms(curves)
+        write_result(f"training-{name}", figures)
 
 
 if __name__ == "__main__":

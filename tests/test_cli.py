@@ -644,7 +644,8 @@ def test_a_search_that_fails_says_so_alone(asked: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_search_from_the_shell_interrupted_and_resumed(here: Path) -> None:
-    quick = ["--mode", "infer", "--batches", "2", "--batch-size", "2", "--seq-len", "32"]
+    # a card that is not here, so that there is something to search on any CPU
+    quick = "--mode infer --batches 2 --batch-size 2 --seq-len 32 --device h100-sxm".split()
     command = [sys.executable, "-m", "autoprec", "search", "demo", "--budget", "5m", "--out", "run", *quick]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None

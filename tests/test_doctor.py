@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from autoprec.cli.main import main
+from autoprec.doctor import hosts
 from autoprec.doctor.case import Case
 from autoprec.doctor.diagnosis import all_checks, diagnose
 from autoprec.doctor.logs import Log
@@ -50,8 +51,12 @@ def test_each_of_the_24_troubles_has_a_recorded_text() -> None:
     assert {f"AP{n:03}" for n in range(1, 25)} <= {path.name[:5] for path in TROUBLES}
 
 
+@pytest.mark.parametrize("instructions", [("avx2",), ("avx2", "avx512_bf16")], ids=["", "bf16"])
 @pytest.mark.parametrize("path", HEALTHY, ids=lambda p: p.name)
-def test_a_healthy_set_up_gets_notes_at_most(path: Path) -> None:
+def test_a_healthy_set_up_gets_notes_at_most_whatever_the_cpu(
+    path: Path, instructions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "cpu_instructions", lambda: instructions)
     found = visit(path)
     assert not codes(found, Severity.WARNING), [(f.code, f.evidence) for f in found.findings]
     assert not found.broken

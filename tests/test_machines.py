@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -150,6 +151,41 @@ def check_study(study: optuna.Study, outs: list[Path], killed: int) -> None:
     # several machines did it
     workers = {t.user_attrs[machines.MEASURING]["by"] for t in known.values()}
     assert len(workers) >= 4
+
+
+@pytest.mark.nightly
+def test_the_command_on_a_postgresql_interrupted_and_gone_on_with(tmp_path: Path) -> None:
+    """A card that is not here: its formats are emulated, so that every machine has something to search."""
+    outs = [tmp_path / "first", tmp_path / "second"]
+    small = "--mode infer --batches 2 --batch-size 2 --seq-len 32 --device h100-sxm --budget 10m --no-learn".split()
+    with postgres.server() as server:
+        words = ["autoprec", "search", "demo", *small, "--storage", server.url, "--trials", "8", "--resume", "--out"]
+        first, second = (subprocess.Popen(
+            [sys.executable, "-m", *words, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) for out in outs)  # fmt: skip
+        try:
+            assert first.stderr is not None
+            for line in first.stderr:
+                if "search: trial" in line:
+                    break
+            first.send_signal(signal.SIGINT)
+            _, said = first.communicate(timeout=240)
+            assert first.returncode == 130 and "Go on with:" in said, said
+            line = next(line.strip() for line in said.splitlines() if line.strip().startswith("autoprec search"))
+            again = subprocess.run(
+                [sys.executable, "-m", *shlex.split(line)], capture_output=True, text=True, timeout=300
+            )
+            assert again.returncode == 0, again.stderr
+            _, other = second.communicate(timeout=240)
+            assert second.returncode == 0, other
+        finally:
+            first.kill()
+            second.kill()
+    results = [saved(out) for out in outs]
+    assert max(result.trials for result in results) >= 8
+    rows = [{row["trial"] for row in table(out) if row["trial"]} for out in outs]
+    assert rows[0] <= rows[1] or rows[1] <= rows[0]  # one study, of which one saw the end
+    assert all(row["state"] in ("COMPLETE", "FAIL") for out in outs for row in table(out))
 
 
 # without a server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,14 @@ from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
-from autoprec.records import CheckOutcome, Figure, Mode, Origin
+from autoprec.records import CheckOutcome, Figure, Mode, OpKind, Origin
+from autoprec.runtime import target
 from autoprec.runtime.attach import applied
 from autoprec.runtime.emulate import round_to
 from autoprec.runtime.target import RMS_NORM_WIDENED, target_lists
 from autoprec.study.away import away
 from autoprec.study.run import search
-from autoprec.verification import verify
+from autoprec.verification import audited_step, verify
 
 
 def tiny_llama_workload() -> Workload:
@@ -137,6 +139,62 @@ def test_verify_emulates_a_card_and_on_it_compares_prediction_and_measurement() 
     plain = Plan.uniform(probe_units(workload.model), "fp32", mode=workload.mode)
     timed = verify(workload, plain.with_evidence(dataclasses.replace(plain.evidence, step_ms=said)))
     assert any("was predicted as 1000000" in warning for warning in timed.warnings) and timed.holds
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w: F.linear(x, w, w[:, 0]),
+    "addmm": lambda x, w: torch.addmm(w[:, 0], x, w.t()),
+    "@": lambda x, w: x @ w.t(),
+    "bmm": lambda x, w: torch.bmm(x[None], w.t()[None]),
+    "einsum": lambda x, w: torch.einsum("ik,jk->ij", x, w),
+    "conv1d": lambda x, w: F.conv1d(x.t()[None], w[:, :, None]),
+}
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_that_a_cpu_is_slow_at_are_the_same_in_fp32_but_for_the_order_of_sums(
+    name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_slow", lambda: frozenset({torch.bfloat16, torch.float16}))
+    seen: list[list[Tensor]] = []
+    for wide in (False, True):
+        torch.manual_seed(0)
+        x, w = (torch.randn(12, 32).to(torch.float32 if autocast else dtype).requires_grad_() for _ in range(2))
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast, cache_enabled=False):
+            with target_lists(tf32=False) if wide else contextlib.nullcontext():
+                result = PRODUCTS[name](x, w)
+        assert result.dtype is dtype
+        result.float().square().sum().backward()
+        seen.append([result.detach(), *(t.grad for t in (x, w) if t.grad is not None)])
+    for one, other in zip(*seen, strict=True):
+        # sums of 32 that are rounded to the neighbour, and for gradients of such sums, twice
+        step = 4 * torch.finfo(dtype).eps
+        assert one.dtype is other.dtype
+        torch.testing.assert_close(one, other, rtol=step, atol=step * float(one.abs().max()))
+
+
+def test_a_product_beyond_fp16_overflows_as_it_would_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "_slow", lambda: frozenset({torch.float16}))
+    x = torch.full((1, 4), 256.0, dtype=torch.float16)
+    with target_lists(tf32=False):
+        assert float(x @ x.t()) == float("inf")
+        assert (x.float() @ x.float().t()).dtype is torch.float32
+
+
+@pytest.mark.parametrize("slow", [frozenset({torch.bfloat16, torch.float16}), frozenset()])
+@pytest.mark.parametrize("choice", ["bf16", "fp16", "fp8"])
+def test_an_audit_knows_emulated_products(
+    choice: str, slow: frozenset[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_slow", lambda: slow)
+    workload = tiny_llama_workload()
+    plan = Plan.uniform(workload.model, choice, device=find_device("h100-sxm-80gb"), mode="infer")
+    report = audited_step(workload.with_mode("infer"), plan, workload.batches[0], emulate=True)
+    assert report.disagreements == ()
+    ran = {row.executed for row in report.rows if row.unit and row.kind is OpKind.MATMUL}
+    assert f"{choice} (emulated)" in ran if slow or choice == "fp8" else ran == {choice}
 
 
 def test_forecasts_name_the_surer_ratio_and_every_unit() -> None:

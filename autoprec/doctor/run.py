@@ -206,7 +206,7 @@ class Run:
             if s.on:
                 return Placed(s.value, s.place, f"{s.name}={s.value}")
         for s in self.get("device", "device_type", "accelerator"):
-            if str(s.value).lower() == "cpu":
+            if str(s.value).lower() == "cpu" and "offload" not in s.name:
                 return Placed(s.value, s.place, f"{s.name}={s.value}")
         return None
 

@@ -37,6 +37,7 @@ from autoprec.probe.workload import Workload
 from autoprec.records import Mode, ModelProfile, Progress, SensitivityProfile, UnitDrop
 from autoprec.runtime.fp8 import fp8_missing
 from autoprec.runtime.identity import canonical_modules, weights_digest
+from autoprec.runtime.target import products_in_fp32
 
 __all__ = ["probe_sensitivity"]
 
@@ -87,7 +88,7 @@ def probe_sensitivity(
     missing = [f for f in wanted if known is None or f not in known.formats]
     if known is not None and not missing:
         return _only(known, wanted)
-    with Turns(device_of(workload.model)).computing() as turns:
+    with Turns(device_of(workload.model)).computing() as turns, products_in_fp32():
 
         def tell(news: Progress) -> None:
             turns.let_pass()

@@ -42,9 +42,10 @@ class Direction(StrEnum):
 class AuditRow:
     """What one kind of operator of one module really ran in, in one direction.
 
-    `executed` is the format of the operands as they reached the kernel: `fp32 tf32 bf16 fp16 fp64`, or `fp8` and
-    `fp8 (emulated)`, the latter where FP32 operands hold FP8 values only. `planned` is None where the plan decides
-    nothing (norms, softmax, what is outside units). `agrees` is None there too; `reason` explains what differs.
+    `executed` is the format of the operands as they reached the kernel: `fp32 tf32 bf16 fp16 fp64 fp8`, or
+    `fp8 (emulated)` and the like where FP32 operands hold values of the unit's format only. `planned` is None where
+    the plan decides nothing (norms, softmax, what is outside units). `agrees` is None there too; `reason` explains what
+    differs.
     """
 
     __pydantic_config__: ClassVar = STRICT

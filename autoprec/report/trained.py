@@ -16,9 +16,9 @@ def print_training(console: Console, found: TrainingConfirmation, origin: Origin
     notes = ", ".join((f"{found.steps} steps", f"{found.seeds} seeds", *found.notes))
     print_heading(console, "Trained beside FP32", f"{notes}; {origin}")
     columns: list[Column] = [
-        ("loss over fp32's", "left"),
-        ("held-out", "right"),
-        ("trained on", "right"),
+        ("", "left"),
+        ("held-out loss, over fp32", "right"),
+        ("training loss, over fp32", "right"),
         ("verdict", "left"),
         ("", "left"),
     ]

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoprec.formats import Format
+from autoprec.formats import Format, layout
 from autoprec.plan import Plan, PlanUnit
 from autoprec.records import AuditReport, AuditRow, BehindUse, CastRow, Direction, KernelRow, OpKind, Origin, Role
+from autoprec.runtime.emulate import torch_dtype
 from autoprec.runtime.layout import holders, holds_experts
 
 __all__ = ["DotProducts", "Recorder"]
@@ -219,8 +220,11 @@ class Recorder(TorchDispatchMode):
             return "fp8 (emulated)" if any(_torchao_emulates(t) for t in floats) else "fp8"
         names = sorted({_NAMES.get(d, str(d).removeprefix("torch.")) for d in dtypes})
         wide = names == ["fp32"]
-        if wide and place.unit is not None and place.unit.format is Format.FP8 and kind is OpKind.MATMUL:
-            return "fp8 (emulated)" if all(_is_eighth(t) for t in floats) else "fp32"
+        if wide and place.unit is not None and kind in (OpKind.MATMUL, OpKind.CONVOLUTION):
+            low = {} if place.unit.format is Format.FP32 else dict.fromkeys((place.unit.format, self.plan.ambient))
+            emulated = next((f for f in low if f is not Format.FP32 and all(_holds(f, t) for t in floats)), None)
+            if emulated is not None:
+                return f"{emulated} (emulated)"
         cuda = torch.backends.cuda.matmul
         if wide and floats[0].is_cuda and kind is OpKind.MATMUL and cuda.fp32_precision == "tf32":
             return "tf32"
@@ -330,10 +334,11 @@ def _kind_of(name: str) -> OpKind | None:
     return OpKind.SOFTMAX if name == "_softmax" else None
 
 
-def _is_eighth(tensor: Tensor) -> bool:
-    """Say whether FP32 values are all values of an FP8 format."""
+def _holds(planned: Format, tensor: Tensor) -> bool:
+    """Say whether FP32 values are all values of a narrower format."""
     values = tensor.detach()
-    return any(torch.equal(values.to(dtype).float(), values) for dtype in _FP8)
+    dtypes = _FP8 if planned is Format.FP8 else (torch_dtype(layout(planned)),)
+    return any(torch.equal(values.to(dtype).float(), values) for dtype in dtypes)
 
 
 def _torchao_emulates(tensor: Tensor) -> bool:
@@ -350,7 +355,9 @@ def _is_identity(tensor: Tensor) -> bool:
 def _matches(planned: Format, executed: str, plan: Plan) -> bool:
     if planned is Format.FP8:
         return executed.startswith("fp8")
-    return executed == planned or (planned is Format.FP32 and executed == "tf32" and plan.tf32)
+    if planned is Format.FP32 and executed == "tf32":
+        return plan.tf32
+    return executed.removesuffix(" (emulated)") == planned
 
 
 def _sentence(row: AuditRow) -> str:

@@ -1,14 +1,17 @@
-"""What a CUDA device does that this one does not: autocast's lists of FP32 operations, and TF32 products.
+"""What a CUDA device does that this one does not: autocast's lists of FP32 operations, TF32 and 16-bit products.
 
 CPU autocast runs softmax, norms, powers and sums in the low format; CUDA widens their operands to FP32 first (PyTorch's
 list in `aten/src/ATen/autocast_mode.h`). TF32 rounds the operands of FP32 products to 10 fraction bits, in the backward
-too. Within `target_lists` functions called on this device do the same. Not modelled: the inside of fused attention, the
-order of accumulation.
+too. Products of 16-bit operands are summed in FP32 and rounded once; a CPU without instructions for the format takes up
+to 100 times as long as for FP32, so they are computed in FP32 there: a product of two such values is exact in FP32, and
+only the order of summation differs. Within `target_lists` functions called on this device do the same. Not modelled:
+the inside of fused attention, the order of accumulation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -20,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from autoprec.formats import TF32
 from autoprec.runtime.emulate import round_to
 
-__all__ = ["RMS_NORM_WIDENED", "WIDENED", "target_lists"]
+__all__ = ["RMS_NORM_WIDENED", "WIDENED", "products_in_fp32", "target_lists"]
 
 #: on CUDA's list from 2.12 on (pytorch/pytorch#188955); an H200 with 2.11 left it in BF16
 RMS_NORM_WIDENED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
@@ -37,7 +40,7 @@ WIDENED = frozenset(
     }
     | ({"rms_norm"} if RMS_NORM_WIDENED else set())
 )  # fmt: skip
-#: functions whose operands a tensor core takes in TF32
+#: functions whose operands a tensor core takes in TF32, BF16 or FP16
 _PRODUCTS = frozenset(
     {
         "__matmul__", "addbmm", "addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
@@ -62,6 +65,21 @@ def target_lists(tf32: bool) -> Iterator[None]:
         _active.reset(token)
 
 
+@contextlib.contextmanager
+def products_in_fp32() -> Iterator[None]:
+    """Compute the 16-bit products that this CPU is slow at in FP32, with the same results but for the order of sums."""
+    if not _slow():
+        yield
+        return
+    with _Products():
+        yield
+
+
+class _Products(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {})
+
+
 class _Lists(TorchFunctionMode):
     """Widens what CUDA's autocast widens, and rounds products to TF32 where that is on."""
 
@@ -75,10 +93,48 @@ class _Lists(TorchFunctionMode):
         if name in WIDENED and (first := _first(args)) is not None and torch.is_autocast_enabled(first.device.type):
             return func(*_mapped(args, _widened), **{key: _mapped(value, _widened) for key, value in kwargs.items()})
         if self.tf32 and name in _PRODUCTS and (first := _first(args)) is not None:
-            if first.dtype is torch.float32 and not torch.is_autocast_enabled(first.device.type):
+            if _operand_dtype(first) is torch.float32:
                 result = func(*_operands(name, args), **{k: _mapped(v, _rounded) for k, v in kwargs.items()})
                 return _GradientRounded.apply(result)  # type: ignore[no-untyped-call]
-        return func(*args, **kwargs)
+        return _computed(func, args, kwargs)
+
+
+@functools.cache
+def _slow() -> frozenset[torch.dtype]:
+    """Return the 16-bit dtypes for which this CPU has no instructions."""
+    cpu = torch.cpu
+    bf16 = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    return frozenset(
+        dtype for dtype, known in ((torch.bfloat16, bf16), (torch.float16, cpu._is_amx_fp16_supported())) if not known
+    )
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function, in FP32 where it is a product of operands in a dtype that this CPU is slow at."""
+    if getattr(func, "__name__", "") in _PRODUCTS and (first := _first(args)) is not None:
+        dtype = _operand_dtype(first)
+        if first.device.type == "cpu" and dtype in _slow() and kwargs.get("out") is None:
+            return _in_fp32(func, args, kwargs, dtype)
+    return func(*args, **kwargs)
+
+
+def _operand_dtype(first: Tensor) -> torch.dtype:
+    """Return the dtype of a product's operands, told by the first of them."""
+    kind = first.device.type
+    if torch.is_autocast_enabled(kind) and first.dtype in (torch.float32, *_LOW):
+        return torch.get_autocast_dtype(kind)
+    return first.dtype
+
+
+def _in_fp32(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """Return a product of operands in a 16-bit dtype, summed in FP32 and rounded once; so are its gradients."""
+
+    def exact(value: Tensor) -> Tensor:
+        return value.to(dtype).float() if value.is_floating_point() else value
+
+    with torch.autocast("cpu", enabled=False):
+        result: Tensor = func(*_mapped(args, exact), **{key: _mapped(value, exact) for key, value in kwargs.items()})
+        return result.to(dtype)
 
 
 class _Rounded(torch.autograd.Function):
