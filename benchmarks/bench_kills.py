@@ -34,6 +34,8 @@ from record import write_result
 QUICK = ["--mode", "infer", "--batches", "2", "--batch-size", "2", "--seq-len", "32", "--space", "modules"]
 #: of the kills, so many come after another trial was measured; the rest at any moment, most of them of a start
 _AFTER_A_TRIAL = 0.6
+#: what a search says whose worker is killed while it starts, and again as it starts anew; it can be resumed
+GIVEN_UP = "the worker process was ended by SIGKILL"
 JSON_FILES = ("device.json", "units.json", "sensitivity.json", "speed.json", "result.json", "plan.json")
 
 
@@ -48,7 +50,7 @@ def main() -> None:
     draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        counts = {"search": 0, "search in a write": 0, "worker": 0}
+        counts = {"search": 0, "search in a write": 0, "worker": 0, "worker, twice in one start": 0}
         lost, unreadable, known = 0, list[str](), dict[int, Any]()
         while sum(counts.values()) < given.kills:
             killed = one_run(search, run, draw, given.longest, given.kills - sum(counts.values()))
@@ -112,7 +114,10 @@ def one_run(
             time.sleep(draw.uniform(0.0, longest))
             if search.poll() is not None:
                 said.seek(0)
-                raise SystemExit(f"the search ended by itself with code {search.returncode}: {said.read()[-2000:]}")
+                last = said.read()[-2000:]
+                if killed[-2:] == ["worker", "worker"] and GIVEN_UP in last:
+                    return [*killed[:-1], "worker, twice in one start"]
+                raise SystemExit(f"the search ended by itself with code {search.returncode}: {last}")
             what = draw.choice(["search", "search in a write", "worker"])
             if what == "worker" and len(killed) + 1 < most:
                 for worker in children(search.pid):
