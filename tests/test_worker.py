@@ -25,7 +25,7 @@ from autoprec.study import course
 from autoprec.study import worker as worker_file
 from autoprec.study.protocol import Loading
 from autoprec.study.serving import _answer
-from autoprec.study.worker import Worker
+from autoprec.study.worker import Worker, WorkerLost
 
 FAULTY = str(Path(__file__).parent / "faulty.py")
 
@@ -115,6 +115,17 @@ def test_a_worker_killed_before_it_measures_anything_is_started_again(monkeypatc
         found = worker.probe_speed(work, ["bf16"], seconds=1.0, progress=lambda news: None)
         assert found.times
 
+        start = worker._start
+
+        def doomed() -> None:
+            start()
+            kill()
+
+        monkeypatch.setattr(worker, "_start", doomed)
+        kill()
+        with pytest.raises(WorkerLost, match=r"SIGKILL.*, twice in a row\. .*--resume; .*--batch-size"):
+            worker.first_look()
+
 
 def test_a_model_that_is_another_each_time_is_measured_here_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,7 +171,7 @@ ORPHAN = """
 import sys, time
 from autoprec.runtime.identity import weights_digest
 from autoprec.study.protocol import Loading
-from autoprec.study.worker import Worker
+from autoprec.study.worker import Worker, WorkerLost
 worker = Worker(Loading(model={model!r}, device="cpu"))
 work = worker.loading.load("cpu")
 worker.open(work, work, None)

@@ -245,7 +245,16 @@ class Worker:
         except WorkerLost as error:
             if not error.killed or self.given_up:
                 raise
+        try:
             return action()
+        except WorkerLost as error:
+            if not error.killed or self.given_up:
+                raise
+            raise WorkerLost(
+                f"{error}, twice in a row. What was measured is kept: go on with --resume; where memory lacks, with a "
+                "smaller --batch-size or --seq-len.",
+                killed=True,
+            ) from None
 
     def _do(self, kind: type[T], what: str, patience: float, **asked: Any) -> T:
         """As `_do_once`, and once more where somebody killed the worker over it."""
