@@ -183,6 +183,22 @@ def test_a_product_beyond_fp16_overflows_as_it_would_on_the_card(monkeypatch: py
         assert (x.float() @ x.float().t()).dtype is torch.float32
 
 
+def test_packed_operands_are_left_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "_slow", lambda: frozenset({torch.bfloat16}))
+
+    class Packed(Tensor):
+        __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    weight = torch.randn(4, 4, dtype=torch.bfloat16).as_subclass(Packed)
+    seen: list[Any] = []
+    monkeypatch.setattr(target, "_in_fp32", lambda *given: seen.append(given))
+    with target_lists(tf32=False):
+        F.linear(torch.randn(2, 4, dtype=torch.bfloat16), weight)
+        assert not seen
+        F.linear(torch.randn(2, 4, dtype=torch.bfloat16), weight.as_subclass(Tensor))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("slow", [frozenset({torch.bfloat16, torch.float16}), frozenset()])
 @pytest.mark.parametrize("choice", ["bf16", "fp16", "fp8"])
 def test_an_audit_knows_emulated_products(

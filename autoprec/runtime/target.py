@@ -48,6 +48,7 @@ _PRODUCTS = frozenset(
     }
 )  # fmt: skip
 _LOW = (torch.bfloat16, torch.float16)
+_PLAIN = {Tensor, torch.nn.Parameter}
 _active: ContextVar[bool] = ContextVar("target_lists", default=False)
 
 
@@ -110,10 +111,13 @@ def _slow() -> frozenset[torch.dtype]:
 
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function, in FP32 where it is a product of operands in a dtype that this CPU is slow at."""
+    """Call a function, in FP32 where it is a product of operands in a dtype that this CPU is slow at.
+
+    Tensors of other types than PyTorch's own, as packed weights are, know themselves how they are multiplied.
+    """
     if getattr(func, "__name__", "") in _PRODUCTS and (first := _first(args)) is not None:
-        dtype = _operand_dtype(first)
-        if first.device.type == "cpu" and dtype in _slow() and kwargs.get("out") is None:
+        dtype, plain = _operand_dtype(first), all(type(t) in _PLAIN for t in _tensors(args))
+        if plain and first.device.type == "cpu" and dtype in _slow() and kwargs.get("out") is None:
             return _in_fp32(func, args, kwargs, dtype)
     return func(*args, **kwargs)
 
@@ -189,9 +193,12 @@ def _mapped(value: Any, change: Any) -> Any:
 
 def _first(args: Any) -> Tensor | None:
     """Return the first tensor of some arguments, of a list among them as well."""
+    return next(_tensors(args), None)
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
     for arg in args:
         if isinstance(arg, Tensor):
-            return arg
-        if isinstance(arg, list | tuple) and (found := _first(arg)) is not None:
-            return found
-    return None
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from _tensors(arg)
