@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -365,6 +366,19 @@ def test_baselines_on_a_cpu() -> None:
     assert found["uniform tf32"].reason == "sample-cpu cannot run tf32: TF32 is a format of CUDA devices"
     assert found["uniform fp8"].reason == "sample-cpu cannot run fp8: no FP8 matmul unit on this CPU"
     assert all(b.plan.mode is Mode.TRAIN and b.plan.device.name == "sample-cpu" for b in found.values() if b.plan)
+
+
+def test_what_multiplies_twenty_times_slower_than_fp32_is_not_run() -> None:
+    rates = tuple(
+        replace(rate, tflops=0.0012, tflops_low=0.0011, tflops_high=0.0013) if rate.format is BF16 else rate
+        for rate in CPU.gemm_rates
+    )
+    found = {b.name: b for b in baselines(gpt2(), replace(CPU, gemm_rates=rates), Mode.TRAIN)}
+    said = "not run: sample-cpu multiplies in bf16 at 0.0106x fp32's rate at 1024 (at most 0.0128x), measured"
+    assert {name: b.reason for name, b in found.items() if "bf16" in name} == {"uniform bf16": said, "cast bf16": said}
+    assert found["uniform fp16"].plan is not None and not found["cast bf16"].barred
+    unsure = tuple(replace(rate, tflops_high=0.1) if rate.format is BF16 else rate for rate in rates)
+    assert baselines(gpt2(), replace(CPU, gemm_rates=unsure), Mode.TRAIN)[2].plan is not None
 
 
 def test_weights_stored_low_without_copies_are_barred_in_training_alone() -> None:

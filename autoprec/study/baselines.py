@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from autoprec.formats import Format
 from autoprec.plan import Plan
+from autoprec.quantities import number
 from autoprec.records import DeviceProfile, Mode, ModelProfile, Role, Support
 from autoprec.study.space import fp8_fault
 
@@ -16,6 +17,9 @@ __all__ = ["RECOMMENDED", "Baseline", "baselines"]
 RECOMMENDED = "recommended"
 
 
+#: of FP32's rate: so slow a format makes a step three times as long where matmuls are a tenth of it, and of
+#: transformers they are more. Its first step alone would take minutes of the budget
+_FAR_SLOWER = 1 / 20
 #: drop and gradient of one step do not see it: on a spam classifier, AdamW at 2e-5, such a plan's training loss came to
 #: 0.12 where FP32's was 0.0002 (benchmarks/results/training-minilm.json)
 _LOSES_UPDATES = (
@@ -50,8 +54,9 @@ def baselines(profile: ModelProfile, device: DeviceProfile, mode: Mode) -> list[
         *(_uniform(choice, profile, device, mode) for choice in (Format.BF16, Format.FP16, Format.FP8)),
     ]
     if device.supports(Format.BF16) is not Support.ABSENT:
-        cast = Plan.cast(profile, Format.BF16, **options)
-        found.append(Baseline("cast bf16", cast, _LOSES_UPDATES if mode is Mode.TRAIN else None))
+        cast, slower = Plan.cast(profile, Format.BF16, **options), _far_slower(Format.BF16, device)
+        barred = _LOSES_UPDATES if mode is Mode.TRAIN else None
+        found.append(Baseline("cast bf16", None if slower else cast, slower or barred))
     if device.supports(Format.FP8) is Support.NATIVE:
         low = Plan.uniform(profile, Format.FP8, **options)
         high = low.replace({name: low.ambient for name in _edges(profile)})
@@ -64,7 +69,23 @@ def _uniform(choice: Format, profile: ModelProfile, device: DeviceProfile, mode:
     known = device.formats.get(choice)
     if device.supports(choice) is Support.ABSENT:
         return Baseline(name, None, f"{device.name} cannot run {choice}" + (f": {known.reason}" if known else ""))
+    if slower := _far_slower(choice, device):
+        return Baseline(name, None, slower)
     return _runnable(name, Plan.uniform(profile, choice, device=device, mode=mode), profile)
+
+
+def _far_slower(choice: Format, device: DeviceProfile) -> str | None:
+    """Return why a format is not worth a step, by matmuls that were measured; None where it may be."""
+    rates = {(rate.format, rate.size): rate for rate in device.gemm_rates}
+    size = max((s for f, s in rates if f is choice and (Format.FP32, s) in rates), default=None)
+    if size is None:
+        return None
+    own, wide = rates[choice, size], rates[Format.FP32, size]
+    most = own.tflops_high / wide.tflops_low
+    if most > _FAR_SLOWER:
+        return None
+    ratio = f"{number(own.tflops / wide.tflops)}x fp32's rate at {size} (at most {number(most)}x), measured"
+    return f"not run: {device.name} multiplies in {choice} at {ratio}"
 
 
 def _runnable(name: str, plan: Plan, profile: ModelProfile) -> Baseline:

@@ -61,7 +61,7 @@ def decide(
             tried = "; ".join(f"{one.name}: {one.reason}" for one in confirmed)
             why = f"no plan was shown to keep {limit} on unseen batches ({tried})"
         elif len(baselines) > 1 and all(m.step_ms is None for m in (*baselines, *front) if m.name != REFERENCE):
-            why = "every plan but FP32 was stopped as too slow here, or cannot run (for another device: --device NAME)"
+            why = "every plan but FP32 is far slower here, or cannot run (for another device: --device NAME)"
         return Verdict(
             decision=VerdictDecision.DO_NOTHING,
             text=f"Do nothing: {why}.",
