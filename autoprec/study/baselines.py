@@ -21,7 +21,7 @@ RECOMMENDED = "recommended"
 #: transformers they are more. Its first step alone would take minutes of the budget
 _FAR_SLOWER = 1 / 20
 #: drop and gradient of one step do not see it: on a spam classifier, AdamW at 2e-5, such a plan's training loss came to
-#: 0.12 where FP32's was 0.0002 (benchmarks/results/training-minilm.json)
+#: 0.12 where FP32's was 0.0003 (benchmarks/results/training-minilm.json)
 _LOSES_UPDATES = (
     "measured to compare with, never chosen for training: its bf16 weights have no fp32 copies, so that updates under "
     "1/512 of a weight are lost"
