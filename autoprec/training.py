@@ -3,10 +3,10 @@
 Each seed draws an order of batches and the dropout of a run. For each seed all plans start from the same weights and
 see the same batches in the same order, with AdamW, gradients clipped at 1. What counts is the loss in FP32 after the
 last step: what the weights have become, without the plan's rounding of a forward. It is taken on batches that no run
-trained on, and on as many that all did: a plan that loses updates learns less, which on held-out batches looks like an
-advantage where FP32 overfits. Gaps to FP32 are paired by seed. The margin is the larger of 0.25 % of the held-out loss
-and one standard deviation of FP32's own over seeds, held-out and trained on each: a plan that moves the result less
-than another seed would does no harm that anyone could see.
+trains on, and on as many of those that all draw from: a plan that loses updates learns less, which on held-out batches
+looks like an advantage where FP32 overfits. Gaps to FP32 are paired by seed. The margin is the larger of 0.25 % of the
+held-out loss and one standard deviation of FP32's own over seeds, held-out and trained on each: a plan that moves the
+result less than another seed would does no harm that anyone could see.
 
 Not promised: that a gap which takes more steps than these to show would be found.
 """

@@ -14,16 +14,17 @@ from click.testing import CliRunner
 from test_verification import workload as sample
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AttentionInterface
 
 from autoprec.catalog import find_device
 from autoprec.cli.main import main
 from autoprec.errors import DeviceError
-from autoprec.formats import TF32
+from autoprec.formats import TF32, Format
 from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
-from autoprec.records import CheckOutcome, Figure, Mode, OpKind, Origin
+from autoprec.records import CheckOutcome, Direction, Figure, Mode, OpKind, Origin
 from autoprec.runtime import target
 from autoprec.runtime.attach import applied
 from autoprec.runtime.emulate import round_to
@@ -211,6 +212,31 @@ def test_an_audit_knows_emulated_products(
     assert report.disagreements == ()
     ran = {row.executed for row in report.rows if row.unit and row.kind is OpKind.MATMUL}
     assert f"{choice} (emulated)" in ran if slow or choice == "fp8" else ran == {choice}
+
+
+def wide_attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+    """Multiply in FP32 whatever autocast says, values that BF16 holds."""
+    k, v = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (k, v))
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (t.bfloat16().float() for t in (q, k, v))
+        scores = ((q @ k.transpose(2, 3)).softmax(-1).bfloat16().float() @ v).bfloat16()
+    return scores.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("slow", [frozenset({torch.bfloat16, torch.float16}), frozenset()])
+def test_an_audit_takes_no_real_fp32_product_for_an_emulated_one(
+    slow: frozenset[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_slow", lambda: slow)
+    AttentionInterface.register("wide", wide_attention)
+    workload = tiny_llama_workload()
+    model: Any = workload.model
+    model.config._attn_implementation = "wide"
+    plan = Plan.uniform(model, "bf16", device=find_device("h100-sxm-80gb"))
+    report = audited_step(workload, plan, workload.batches[0], emulate=True)
+    wrong = [row for row in report.rows if row.agrees is False]
+    assert wrong and {(row.executed, row.kind, row.planned) for row in wrong} == {("fp32", OpKind.MATMUL, Format.BF16)}
+    assert {row.direction for row in wrong} == set(Direction)
 
 
 def test_forecasts_name_the_surer_ratio_and_every_unit() -> None:

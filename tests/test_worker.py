@@ -171,7 +171,7 @@ ORPHAN = """
 import sys, time
 from autoprec.runtime.identity import weights_digest
 from autoprec.study.protocol import Loading
-from autoprec.study.worker import Worker, WorkerLost
+from autoprec.study.worker import Worker
 worker = Worker(Loading(model={model!r}, device="cpu"))
 work = worker.loading.load("cpu")
 worker.open(work, work, None)

@@ -206,6 +206,7 @@ class Run:
             if s.on:
                 return Placed(s.value, s.place, f"{s.name}={s.value}")
         for s in self.get("device", "device_type", "accelerator"):
+            # DeepSpeed's offload_optimizer.device says where states lie, not where steps run
             if str(s.value).lower() == "cpu" and "offload" not in s.name:
                 return Placed(s.value, s.place, f"{s.name}={s.value}")
         return None

@@ -43,9 +43,9 @@ class AuditRow:
     """What one kind of operator of one module really ran in, in one direction.
 
     `executed` is the format of the operands as they reached the kernel: `fp32 tf32 bf16 fp16 fp64 fp8`, or
-    `fp8 (emulated)` and the like where FP32 operands hold values of the unit's format only. `planned` is None where
-    the plan decides nothing (norms, softmax, what is outside units). `agrees` is None there too; `reason` explains what
-    differs.
+    `fp8 (emulated)` where FP32 operands hold FP8 values only, and `bf16 (emulated)` and `fp16 (emulated)` where
+    FP32 products stand for these (`emulate`). `planned` is None where the plan decides nothing (norms, softmax, what is
+    outside units). `agrees` is None there too; `reason` explains what differs.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoprec.formats import Format, layout
+from autoprec.formats import Format
 from autoprec.plan import Plan, PlanUnit
 from autoprec.records import AuditReport, AuditRow, BehindUse, CastRow, Direction, KernelRow, OpKind, Origin, Role
-from autoprec.runtime.emulate import torch_dtype
 from autoprec.runtime.layout import holders, holds_experts
+from autoprec.runtime.target import emulated_product
 
 __all__ = ["DotProducts", "Recorder"]
 
@@ -48,6 +48,8 @@ class _Place:
     dot_product: bool = False
     #: whether the operator is a product; the gradient of another may be made of products too, of which no plan speaks
     product: bool = False
+    #: what a product that is computed in FP32 stands for (`target.emulated_product`); its gradients do as well
+    emulated: torch.dtype | None = None
 
 
 class DotProducts(TorchFunctionMode):
@@ -144,6 +146,7 @@ class Recorder(TorchDispatchMode):
             node_number = torch._C._autograd._get_sequence_nr() - 1
             before = self.nodes.get(node_number)
             place.product = kind in _PRODUCTS or (before is not None and before.product)
+            place.emulated = emulated_product() if kind in _PRODUCTS or before is None else before.emulated
             self.nodes[node_number] = place
             return place, Direction.FORWARD
         node: Any = torch._C._current_autograd_node()
@@ -220,11 +223,10 @@ class Recorder(TorchDispatchMode):
             return "fp8 (emulated)" if any(_torchao_emulates(t) for t in floats) else "fp8"
         names = sorted({_NAMES.get(d, str(d).removeprefix("torch.")) for d in dtypes})
         wide = names == ["fp32"]
-        if wide and place.unit is not None and kind in (OpKind.MATMUL, OpKind.CONVOLUTION):
-            low = {} if place.unit.format is Format.FP32 else dict.fromkeys((place.unit.format, self.plan.ambient))
-            emulated = next((f for f in low if f is not Format.FP32 and all(_holds(f, t) for t in floats)), None)
-            if emulated is not None:
-                return f"{emulated} (emulated)"
+        if wide and place.emulated is not None:
+            return f"{_NAMES[place.emulated]} (emulated)"
+        if wide and place.unit is not None and place.unit.format is Format.FP8 and kind is OpKind.MATMUL:
+            return "fp8 (emulated)" if all(_is_eighth(t) for t in floats) else "fp32"
         cuda = torch.backends.cuda.matmul
         if wide and floats[0].is_cuda and kind is OpKind.MATMUL and cuda.fp32_precision == "tf32":
             return "tf32"
@@ -334,11 +336,10 @@ def _kind_of(name: str) -> OpKind | None:
     return OpKind.SOFTMAX if name == "_softmax" else None
 
 
-def _holds(planned: Format, tensor: Tensor) -> bool:
-    """Say whether FP32 values are all values of a narrower format."""
+def _is_eighth(tensor: Tensor) -> bool:
+    """Say whether FP32 values are all values of an FP8 format."""
     values = tensor.detach()
-    dtypes = _FP8 if planned is Format.FP8 else (torch_dtype(layout(planned)),)
-    return any(torch.equal(values.to(dtype).float(), values) for dtype in dtypes)
+    return any(torch.equal(values.to(dtype).float(), values) for dtype in _FP8)
 
 
 def _torchao_emulates(tensor: Tensor) -> bool:

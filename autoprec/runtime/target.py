@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from autoprec.formats import TF32
 from autoprec.runtime.emulate import round_to
 
-__all__ = ["RMS_NORM_WIDENED", "WIDENED", "products_in_fp32", "target_lists"]
+__all__ = ["RMS_NORM_WIDENED", "WIDENED", "emulated_product", "products_in_fp32", "target_lists"]
 
 #: on CUDA's list from 2.12 on (pytorch/pytorch#188955); an H200 with 2.11 left it in BF16
 RMS_NORM_WIDENED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
@@ -50,6 +50,7 @@ _PRODUCTS = frozenset(
 _LOW = (torch.bfloat16, torch.float16)
 _PLAIN = {Tensor, torch.nn.Parameter}
 _active: ContextVar[bool] = ContextVar("target_lists", default=False)
+_product: ContextVar[torch.dtype | None] = ContextVar("emulated_product", default=None)
 
 
 @contextlib.contextmanager
@@ -136,9 +137,19 @@ def _in_fp32(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: to
     def exact(value: Tensor) -> Tensor:
         return value.to(dtype).float() if value.is_floating_point() else value
 
-    with torch.autocast("cpu", enabled=False):
-        result: Tensor = func(*_mapped(args, exact), **{key: _mapped(value, exact) for key, value in kwargs.items()})
-        return result.to(dtype)
+    wide, named = _mapped(args, exact), {key: _mapped(value, exact) for key, value in kwargs.items()}
+    token = _product.set(dtype)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            result: Tensor = func(*wide, **named)
+    finally:
+        _product.reset(token)
+    return result.to(dtype)
+
+
+def emulated_product() -> torch.dtype | None:
+    """Return the dtype that the product under way stands for, which is computed in FP32; None outside of such."""
+    return _product.get()
 
 
 class _Rounded(torch.autograd.Function):

@@ -240,21 +240,19 @@ class Worker:
 
     def _twice(self, action: Callable[[], T]) -> T:
         """Return what an action returns; where somebody killed the worker over it, of a second one."""
-        try:
-            return action()
-        except WorkerLost as error:
-            if not error.killed or self.given_up:
-                raise
-        try:
-            return action()
-        except WorkerLost as error:
-            if not error.killed or self.given_up:
-                raise
-            raise WorkerLost(
-                f"{error}, twice in a row. What was measured is kept: go on with --resume; where memory lacks, with a "
-                "smaller --batch-size or --seq-len.",
-                killed=True,
-            ) from None
+        lost = ""
+        for _ in range(2):
+            try:
+                return action()
+            except WorkerLost as error:
+                if not error.killed or self.given_up:
+                    raise
+                lost = str(error)
+        raise WorkerLost(
+            f"{lost}, twice in a row. What was measured is kept: go on with --resume; where memory lacks, with a "
+            "smaller --batch-size or --seq-len.",
+            killed=True,
+        )
 
     def _do(self, kind: type[T], what: str, patience: float, **asked: Any) -> T:
         """As `_do_once`, and once more where somebody killed the worker over it."""
