@@ -15,9 +15,10 @@ from autoprec.catalog import device_names, find_device
 from autoprec.errors import DeviceError
 from autoprec.formats import Format, Fp8Family
 from autoprec.probe.device import probe_device, resolve_device
-from autoprec.probe.host import INSTRUCTIONS, slug
+from autoprec.probe.host import slug
 from autoprec.probe.rates import Trial, copy_rate, gemm_trials, matmuls, median_interval, strict_fp32
 from autoprec.records import DeviceProfile, Origin, Support
+from autoprec.runtime.cpu import INSTRUCTIONS
 
 CPU = torch.device("cpu")
 MKLDNN: Any = torch.backends.mkldnn

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from autoprec.doctor.case import Case, Evidence, check, patterns, said
 from autoprec.doctor.hardware import asked_format
 from autoprec.formats import Format
-from autoprec.probe.host import cpu_instructions, cpu_memory_bytes
+from autoprec.probe.host import cpu_memory_bytes
 from autoprec.records import DeviceProfile, FormatSupport, Origin, Severity, Support
+from autoprec.runtime.cpu import UNITS, cpu_instructions
 
 __all__ = ["host_profile"]
 
@@ -69,8 +70,8 @@ def slow_cpu(case: Case) -> Iterator[Evidence]:
 def host_profile() -> DeviceProfile:
     """Return this machine's CPU by its instructions, without measuring anything."""
     flags = cpu_instructions()
-    low = Support.NATIVE if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else Support.EMULATED
-    half = Support.NATIVE if {"avx512_fp16", "amx_fp16", "asimdhp"} & set(flags) else Support.EMULATED
+    low = Support.NATIVE if {*UNITS[Format.BF16], "bf16"} & set(flags) else Support.EMULATED
+    half = Support.NATIVE if {*UNITS[Format.FP16], "asimdhp"} & set(flags) else Support.EMULATED
     reason = f"instructions: {', '.join(flags) or 'unknown'}"
     none = FormatSupport(Support.ABSENT, reason)
     return DeviceProfile(

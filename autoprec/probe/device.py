@@ -16,19 +16,16 @@ import torch
 from autoprec.catalog import CatalogueEntry, catalogue_match
 from autoprec.errors import DeviceError
 from autoprec.formats import Format, Fp8Family, Fp8Recipe
-from autoprec.probe.host import cpu_instructions, cpu_memory_bytes, cpu_name, slug
+from autoprec.probe.host import cpu_memory_bytes, cpu_name, slug
 from autoprec.probe.known import KINDS, named_profile
 from autoprec.probe.rates import Trial, copy_rate, fault_text, gemm_trials, launch_time, matmuls, strict_fp32
 from autoprec.probe.versions import device_versions
 from autoprec.records import DeviceProfile, FormatSupport, GemmRate, Origin, Support
+from autoprec.runtime.cpu import UNITS, cpu_instructions
 
 __all__ = ["device_name", "probe_device", "resolve_device"]
 
 _SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 4096, 8192), "xpu": (1024, 2048, 4096), "mps": (512, 1024, 2048)}
-
-
-#: instruction sets that multiply in a format
-_CPU_UNITS = {"bf16": {"avx512_bf16", "amx_bf16"}, "fp16": {"avx512_fp16", "amx_fp16"}}
 
 
 def probe_device(device: str = "auto", *, seconds: float = 8.0) -> DeviceProfile:
@@ -181,7 +178,7 @@ def _support(way: str, here: torch.device, failed: Mapping[str, str], last: Mapp
 def _units(way: str, here: torch.device) -> bool | None:
     """Return whether the hardware says that it has units for a format; None where it says nothing."""
     if here.type == "cpu":
-        return True if set(cpu_instructions()) & _CPU_UNITS.get(way, set()) else None
+        return True if set(cpu_instructions()) & UNITS.get(way, set()) else None
     if here.type != "cuda" or way not in ("bf16", "tf32"):
         return None
     if way == "bf16":

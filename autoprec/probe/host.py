@@ -1,4 +1,4 @@
-"""What the operating system says of the CPU: its name, memory, and the instruction sets that decide about formats."""
+"""What the operating system says of this machine: the CPU's name, memory, drivers, and what could be here."""
 
 from __future__ import annotations
 
@@ -8,30 +8,13 @@ import re
 import sys
 from pathlib import Path
 
-__all__ = ["INSTRUCTIONS", "cpu_instructions", "cpu_memory_bytes", "cpu_name", "driver_version", "may_have", "slug"]
+from autoprec.runtime.cpu import cpuinfo
+
+__all__ = ["cpu_memory_bytes", "cpu_name", "driver_version", "may_have", "slug"]
 
 #: what a driver puts under /dev: NVIDIA's (also on Jetson), AMD's, the GPU of Windows seen from Linux, Intel's
 _NODES = {"cuda": ("nvidiactl", "nvidia0", "nvmap", "kfd", "dxg"), "xpu": ("dri", "dxg")}
 _DRIVERS = ("nvidia", "amdgpu", "xe", "i915")
-
-#: flags of /proc/cpuinfo that matter for matmuls, narrowest first
-INSTRUCTIONS = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "amx_fp16",
-    "asimd",
-    "asimdhp",
-    "bf16",
-    "sve",
-    "i8mm",
-)
 
 
 def slug(text: str) -> str:
@@ -42,15 +25,8 @@ def slug(text: str) -> str:
 
 def cpu_name() -> str:
     """Return the CPU's model name as a slug."""
-    match = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    match = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)
     return slug(match[1] if match else platform.processor() or platform.machine() or "cpu")
-
-
-def cpu_instructions() -> tuple[str, ...]:
-    """Return which of `INSTRUCTIONS` the CPU has; empty where there is no /proc/cpuinfo."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    flags = set(match[1].split()) if match else set()
-    return tuple(name for name in INSTRUCTIONS if name in flags)
 
 
 def cpu_memory_bytes() -> int | None:
@@ -91,10 +67,3 @@ def driver_version() -> str | None:
         return None
     match = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
     return match[0] if match else None
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return ""

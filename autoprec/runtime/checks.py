@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from autoprec.errors import DeviceError, PlanError
-from autoprec.formats import Format
+from autoprec.formats import Format, layout
 from autoprec.plan import Plan, PlanUnit, check_modules
 from autoprec.records import Mode
+from autoprec.runtime.emulate import torch_dtype
 from autoprec.runtime.fp8 import fp8_misaligned, fp8_missing
 from autoprec.runtime.identity import aliases, fingerprint
 from autoprec.runtime.integrity import patched_forward
@@ -55,13 +56,12 @@ def check_trained(model: nn.Module, plan: Plan) -> None:
     low = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.dtype in _LOW]
     if not low:
         return
-    name, kind = low[0][0], str(low[0][1].dtype).removeprefix("torch.")
+    name, dtype = low[0][0], low[0][1].dtype
+    kind = str(dtype).removeprefix("torch.")
     if plan.grad_scaler is not None and kind == "float16":
         harm = "the plan's fp16 units need a gradient scaler, which cannot unscale fp16 gradients"
     else:
-        # half a step of the format, relative to a weight just above a power of two
-        part = 4096 if kind == "float16" else 512
-        harm = f"an update smaller than 1/{part} of a weight is lost: there are no fp32 master copies"
+        harm = f"an update smaller than {_lost(dtype)} of a weight is lost: there are no fp32 master copies"
     raise PlanError(
         f"{len(low)} of the weights to be trained are stored in {kind} (first '{name}'), and {harm}. Load the model "
         "with dtype=torch.float32 (the plan does the casting), freeze what is not to be trained, choose storage='bf16-"
@@ -74,13 +74,18 @@ def lost_updates(model: nn.Module, plan: Plan) -> str | None:
     trained = plan.mode is Mode.TRAIN and any(p.requires_grad for p in model.parameters())
     if not trained or plan.stream is Format.FP32:
         return None
-    part = 4096 if plan.stream is Format.FP16 else 512
+    low = torch_dtype(layout(plan.stream))
     return (
         f"the plan stores weights that are to be trained in {plan.stream}, without fp32 copies: an update smaller than "
-        f"1/{part} of a weight is lost. Plan.uniform(model, '{plan.stream}') keeps fp32 weights or, with storage="
+        f"{_lost(low)} of a weight is lost. Plan.uniform(model, '{plan.stream}') keeps fp32 weights or, with storage="
         "'bf16-stochastic' and runtime.optimizers.stochastic_adamw, rounds updates at random. For inference make the "
         "plan with mode='infer'."
     )
+
+
+def _lost(dtype: torch.dtype) -> str:
+    """Return half a step of a dtype, relative to a weight just under a power of two: what is smaller is always lost."""
+    return f"1/{round(4 / torch.finfo(dtype).eps)}"
 
 
 def _check_names(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) -> None:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autoprec.formats import TF32
-from autoprec.runtime.emulate import round_to
+from autoprec.formats import TF32, Format, layout
+from autoprec.runtime.cpu import UNITS, cpu_instructions
+from autoprec.runtime.emulate import round_to, torch_dtype
 
 __all__ = ["RMS_NORM_WIDENED", "WIDENED", "emulated_product", "products_in_fp32", "target_lists"]
 
@@ -104,11 +105,8 @@ class _Lists(TorchFunctionMode):
 @functools.cache
 def _slow() -> frozenset[torch.dtype]:
     """Return the 16-bit dtypes for which this CPU has no instructions."""
-    cpu = torch.cpu
-    bf16 = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-    return frozenset(
-        dtype for dtype, known in ((torch.bfloat16, bf16), (torch.float16, cpu._is_amx_fp16_supported())) if not known
-    )
+    known = set(cpu_instructions())
+    return frozenset(torch_dtype(layout(Format(choice))) for choice, units in UNITS.items() if not units & known)
 
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
