@@ -1,4 +1,4 @@
-"""The recommender's first form: rules of practice over real models' units and catalogued devices."""
+"""Recommended plans: the tree and rules of practice over real models' units and catalogued devices."""
 
 from __future__ import annotations
 
