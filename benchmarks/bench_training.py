@@ -3,13 +3,14 @@
     python benchmarks/bench_training.py [minilm] [smollm2] [demo] [overflow] [--steps N] [--seeds K] [--plan FILE]
 
 `minilm`: the spam classifier on 40 batches of 8 mails of up to 64 tokens, 200 steps. `smollm2`: LoRA (rank 8, all
-projections) on 2 windows of 64 tokens, 60 steps. `demo`: the demo GPT, all weights, 200 steps. `overflow`: SmolLM2 with
-the FFNs' gate products 4096 times as large and their output weights as much smaller: the same function, but past FP16's
-65,504. Plans are those for --device, whose arithmetic is emulated: uniform BF16, FP16 and FP8 (tensorwise); BF16
-weights without FP32 copies (`cast bf16`) where all weights are trained; a plan, that of --plan or of a search of
---budget; and FP8 but for the units that lose most by it, as `probe_sensitivity` has them, which run in BF16 until the
-sum of the others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at random, 20 times; how
-often one half is called worse. What is complete is written as it comes.
+projections) on 2 windows of 64 tokens, or --batch-size of --seq-len, 60 steps. `demo`: the demo GPT, all weights, 200
+steps. `overflow`: SmolLM2 with the FFNs' gate products 4096 times as large and their output weights as much smaller:
+the same function, but past FP16's 65,504. Plans are those for --device, whose arithmetic is emulated unless it is
+`cuda`: uniform BF16, FP16 and FP8 (tensorwise); BF16 weights without FP32 copies (`cast bf16`) where all weights are
+trained; a plan, that of --plan or of a search of --budget; and FP8 but for the units that lose most by it, as
+`probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False alarms: FP32 runs
+of twice the seeds, split in two at random, 20 times; how often one half is called worse. What is complete is written
+as it comes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from models import default_cache
 from record import write_result
 from spam import load_classifier
 
-from autoprec import Plan, Workload, probe_sensitivity, search
+from autoprec import Plan, Workload, probe_device, probe_sensitivity, search
 from autoprec.catalog import find_device
 from autoprec.files import as_json
 from autoprec.formats import Format
@@ -40,9 +41,10 @@ STEPS = {"minilm": 200, "smollm2": 60, "demo": 200, "overflow": 60}
 #: LoRA and a classifier learn at other rates than all weights of a language model
 RATES = {"minilm": 2e-5, "smollm2": 2e-4, "demo": 1e-4, "overflow": 2e-4}
 SPLITS = 20
+SEARCHED = "the searched plan"
 
 
-def minilm() -> Workload:
+def minilm(device: str = "cpu") -> Workload:
     """Return the spam classifier with labelled mails that its head was not fitted on."""
     from transformers import AutoTokenizer
 
@@ -56,18 +58,20 @@ def minilm() -> Workload:
             [row["text"][:800] for row in part], padding=True, truncation=True, max_length=64, return_tensors="pt"
         )
         labels = torch.tensor([row["label"] for row in part])
-        batches.append({"input_ids": made.input_ids, "attention_mask": made.attention_mask, "labels": labels})
-    model = load_classifier(cache)
+        batch = {"input_ids": made.input_ids, "attention_mask": made.attention_mask, "labels": labels}
+        batches.append({key: value.to(device) for key, value in batch.items()})
+    model = load_classifier(cache).to(device)
     return Workload(model, batches, mode="train", outputs="logits", task="classification", model_id="minilm-spam")
 
 
-def smollm2(loud: bool = False) -> Workload:
+def smollm2(device: str = "cpu", loud: bool = False, **size: int) -> Workload:
     """Return SmolLM2 with LoRA adapters on an Austen novel; `loud` scales what goes into each FFN's last layer."""
     from peft import LoraConfig, get_peft_model
 
     cache = default_cache()
     text = cache / "austen" / "sense_and_sensibility.txt"
-    found = workload_from(str(cache / "smollm2"), data=text, batch_size=2, seq_len=64, batches=32, mode="train")
+    size = {"batch_size": 2, "seq_len": 64, "batches": 32} | size
+    found = workload_from(str(cache / "smollm2"), data=text, mode="train", device=device, **size)
     model: Any = found.model
     if loud:
         with torch.no_grad():
@@ -75,16 +79,22 @@ def smollm2(loud: bool = False) -> Workload:
                 layer.mlp.up_proj.weight.mul_(4096.0)  # powers of two: no bit of any result changes in FP32
                 layer.mlp.down_proj.weight.div_(4096.0)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM"))
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM")).to(device)
     return Workload(adapted, found.batches, mode="train", task=found.task, model_id=found.model_id)
 
 
-def demo() -> Workload:
+def demo(device: str = "cpu") -> Workload:
     """Return the demo GPT on its text."""
-    return workload_from("demo", batches=32, mode="train")
+    return workload_from("demo", batches=32, mode="train", device=device)
 
 
-WORKLOADS = {"minilm": minilm, "smollm2": smollm2, "demo": demo, "overflow": lambda: smollm2(loud=True)}
+WORKLOADS = {"minilm": minilm, "smollm2": smollm2, "demo": demo, "overflow": partial(smollm2, loud=True)}
+
+
+def shape(workload: Workload) -> str:
+    """Return how much data there is, in words."""
+    sizes = "x".join(map(str, next(iter(workload.batches[0].values())).shape))
+    return f"{len(workload.batches)} batches, the first of {sizes}"
 
 
 def false_alarms(curves: list[TrainingCurve]) -> dict[str, int]:
@@ -127,7 +137,7 @@ def plans_of(workload: Workload, device: DeviceProfile, plan: Plan | None) -> di
     if all(p.requires_grad for p in workload.model.parameters()):
         plans["cast bf16"] = Plan.cast(workload.model, "bf16", device=device)
     if plan is not None:
-        plans["the searched plan"] = plan
+        plans[SEARCHED] = plan
     plans["fp8 but for sensitive units"] = mostly_fp8(workload, device)
     return plans
 
@@ -139,35 +149,42 @@ def main() -> None:
     parser.add_argument("--device", default="h100-sxm-80gb")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="of smollm2 and overflow")
+    parser.add_argument("--seq-len", type=int)
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--budget", default="5m")
     parser.add_argument("--only", nargs="+", help="of these plans, as 'uniform fp16'")
     asked = parser.parse_args()
-    device = find_device(asked.device)
+    here = asked.device == "cuda"
+    device = probe_device(asked.device) if here else find_device(asked.device)
     for name in asked.models or ["minilm", "smollm2"]:
-        workload = WORKLOADS[name]()
+        size = {key: value for key in ("batch_size", "seq_len") if (value := vars(asked)[key])}
+        workload = WORKLOADS[name]("cuda" if here else "cpu", **size)
         train = partial(
             confirm_training,
             seeds=asked.seeds,
             steps=asked.steps or STEPS[name],
             learning_rate=RATES[name],
-            emulate=True,
+            emulate=not here,
             tell=lambda text: print(text, flush=True),
         )
-        plan = Plan.load(asked.plan) if asked.plan else searched(workload, asked.device, asked.budget)
+        plan = Plan.load(asked.plan) if asked.plan else None
+        if plan is None and (not asked.only or SEARCHED in asked.only):
+            plan = searched(workload, asked.device, asked.budget)
         plans = plans_of(workload, device, plan)
-        if asked.only:
-            plans = {name: plans[name] for name in asked.only}
+        plans = {own: plan for own, plan in plans.items() if not asked.only or own in asked.only}
         formats = {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()}
-        figures: dict[str, Any] = {"model": name, "emulated": device.name, "units by format": formats}
+        how = {"device" if here else "emulated": device.name, "data": shape(workload)}
+        figures: dict[str, Any] = {"model": name, **how, "units by format": formats}
         found = train(workload, plans)
         figures["training"] = as_json(found)
-        print(write_result(f"training-{name}", figures), [str(arm.verdict) for arm in found.arms], flush=True)
+        result = f"training-{name}" + (f"-{device.name}" if here else "")
+        print(write_result(result, figures), [str(arm.verdict) for arm in found.arms], flush=True)
         others = train(workload, {}, first_seed=asked.seeds)
         figures["FP32 with other seeds"] = as_json(others)
         curves = [c for c in (*found.curves, *others.curves) if c.name == REFERENCE]
         figures[f"verdicts on {SPLITS} splits of FP32's seeds"] = false_alarms(curves)
-        write_result(f"training-{name}", figures)
+        write_result(result, figures)
 
 
 if __name__ == "__main__":
