@@ -32,9 +32,9 @@ _SHARED_FP32 = (8, 6)
 LOW_POWER_WATTS = 75.0
 #: multiprocessors of a card whose number nobody says: the middle of the catalogue's
 _SOME_UNITS = 80
-#: an operation of an eager step, its modules and autocast's casts counted in, over a launch by itself: 45 µs over 20 on
-#: an H200 (profiles/measured/h200-sxm-141gb.json)
-_OPERATION = 2.25
+#: an operation of an eager step, its module and what autocast looks up counted in, over a launch by itself: of 1.6 to
+#: 2.25 the best on an H200 (benchmarks/bench_cards.py)
+_OPERATION = 2.0
 
 
 class Units(StrEnum):

@@ -26,6 +26,12 @@ _SCALE = {
     Fp8Recipe.TENSORWISE: (4.0, 5.0, 8.0),
     Fp8Recipe.ROWWISE: (8.0, 8.0, 10.0),
 }
+#: operations of an eager linear layer beside its products, forward and backward, as torchao 0.18 dispatches them: input
+#: and weight are cast in the forward, and in the backward these and the gradient anew, the gradient twice
+_SCALE_OPERATIONS = {Fp8Recipe.TENSORWISE: (22, 46), Fp8Recipe.ROWWISE: (28, 58)}
+#: what of an eager operation's time one of these takes the host, which is called without a module and without autocast:
+#: of 0.6 to 1.0 the best on an H200 (benchmarks/bench_cards.py)
+_BARE = 0.7
 #: with scales of the step before (TransformerEngine's default) each tensor is read once, an input where it is made
 _SCALE_DELAYED = (2.0, 4.0, 4.0)
 #: the same in inference: no gradient, no second layout
@@ -144,11 +150,11 @@ def _scales(work: Work, tokens: int, inputs: int, outputs: int, *, own_input: bo
     of_input, of_gradient, of_weight = (_SCALE_DELAYED if work.delayed else fresh) if trains else _SCALE_INFER
     x, w, g = float(tokens * inputs), float(inputs * outputs), float(tokens * outputs)
     once = of_weight * w + (of_input * x if own_input else 0.0)
-    yield move(
-        Kind.SCALE, Phase.FORWARD, _UNFUSED * (of_input * x + of_weight * w), once, launches=16, kept=2 + 2 * own_input
-    )
+    forward, backward = (_BARE * count for count in _SCALE_OPERATIONS[work.recipe or Fp8Recipe.TENSORWISE])
+    moved = _UNFUSED * (of_input * x + of_weight * w)
+    yield move(Kind.SCALE, Phase.FORWARD, moved, once, launches=forward, kept=2 + 2 * own_input)
     if trains:
-        yield move(Kind.SCALE, Phase.BACKWARD, _UNFUSED * of_gradient * g, of_gradient * g, launches=10, kept=2)
+        yield move(Kind.SCALE, Phase.BACKWARD, _UNFUSED * of_gradient * g, of_gradient * g, launches=backward, kept=2)
 
 
 def ffn(work: Work, unit: Unit, place: Place) -> Iterator[Kernel]:

@@ -2,10 +2,11 @@
 
 CPU autocast runs softmax, norms, powers and sums in the low format; CUDA widens their operands to FP32 first (PyTorch's
 list in `aten/src/ATen/autocast_mode.h`). TF32 rounds the operands of FP32 products to 10 fraction bits, in the backward
-too. Products of 16-bit operands are summed in FP32 and rounded once; a CPU without instructions for the format takes up
-to 100 times as long as for FP32, so they are computed in FP32 there: a product of two such values is exact in FP32, and
-only the order of summation differs. Within `target_lists` functions called on this device do the same. Not modelled:
-the inside of fused attention, the order of accumulation.
+too. Products of 16-bit operands are summed in FP32 and rounded once. A training step in a 16-bit format takes a CPU
+without instructions for it 10 to 19 times as long as one in FP32 (benchmarks/results/emulated.json), so they are
+computed in FP32 there: a product of two such values is exact in FP32, and only the order of summation differs. Within
+`target_lists` functions called on this device do the same. Not modelled: the inside of fused attention, the order of
+accumulation.
 """
 
 from __future__ import annotations
