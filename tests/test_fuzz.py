@@ -72,6 +72,15 @@ def test_damage_guided_by_coverage_gives_our_own_errors(name: str) -> None:
     assert "Done 3000 runs" in ran.stderr
 
 
+@pytest.mark.parametrize("name", ["train.log", "accelerate.yaml", "deepspeed.json", "train.py", "launch.sh"])
+@pytest.mark.parametrize("run", ["9", "x", " ", "a.", "1.", "9,", "_", "-", "[", "{", "(", '"', "nan ", "fp16 ", "= "])
+def test_a_long_run_of_one_sign_is_read_in_time(name: str, run: str) -> None:
+    """Patterns that go back over what they have read take the square of it, or worse."""
+    kind, long = kinds()[name], (run * 9_999)[:9_999].encode()
+    for word in (b"", b"fp8 ", b"bf16 ", b"loss: ", b"grad_norm=", b"error ", b"precision"):
+        assert_safe(kind, kind.sound + b"\n" + word + long + b"\n")
+
+
 def test_a_file_that_never_ends_is_refused() -> None:
     with pytest.raises(AutoprecError, match="is larger than"):
         Plan.load("/dev/zero")

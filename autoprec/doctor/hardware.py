@@ -57,7 +57,7 @@ _OLD = re.compile(r"\b(?:t4|v100|p100|p40|p4|k80|m60|m40|titan (?:v|xp|rtx)|(?:r
                   r"|gtx ?1[06]\d0|quadro rtx [4568]000|rtx 20\d0)\b",
                   re.IGNORECASE)  # fmt: skip
 _BF16_ON = re.compile(
-    r"\bbf16\b[\"']?\s*[:= ]\s*[\"']?true|mixed[_ ]precision[\"']?\s*[:=]\s*[\"']?bf16|precision\W{1,6}bf16"
+    r"\bbf16\b[\"']?(?:\s*[:=]\s*|\s+)[\"']?true|mixed[_ ]precision[\"']?\s*[:=]\s*[\"']?bf16|precision\W{1,6}bf16"
     r"|--bf16\b(?! false)"
     r"|dtype\W{1,3}(?:torch\.)?bfloat16|bfloat16 automatic mixed precision|using bf(?:loat)?16|in "
     r"bf(?:loat)?16\b", re.IGNORECASE)  # fmt: skip

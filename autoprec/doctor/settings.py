@@ -10,6 +10,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from autoprec.doctor.reading import UserText, read_text
@@ -25,6 +26,8 @@ _ARGUMENT_CALLS = re.compile(
 )
 #: settings of libraries that stand under a heading of their own in other files
 _MAX_DEPTH = 12
+#: brackets of YAML within each other
+_DEEPEST = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +113,20 @@ def _yaml(text: str, path: str) -> Any:
     import yaml
 
     try:
+        if _brackets(text) > _DEEPEST:  # PyYAML takes the square of the depth, and no settings nest so deep
+            raise ValueError(f"it nests deeper than {_DEEPEST} levels")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as fault:
         said = " ".join(str(fault).split())
         raise DataError(
             f"--args {path} is no YAML that can be read: {said[:200]}. Give a file that is whole."
         ) from None
+
+
+def _brackets(text: str) -> int:
+    """Return how deep brackets nest, those in strings counted in."""
+    steps = (1 if mark in "[{" else -1 for mark in re.findall(r"[\[{\]}]", text))
+    return max(accumulate(steps), default=0)
 
 
 def _toml(text: str, path: str) -> Any:
