@@ -34,7 +34,8 @@ _MATS = patterns(
 _MIXED_NORM = re.compile(r"mixed dtype \(CPU\): expect (?:parameter|input)", re.IGNORECASE)
 _NORM = re.compile(r"layer_?norm|rms_?norm|group_?norm|batch_?norm|\bnorm\(|_norm\b", re.IGNORECASE)
 _KERNEL = re.compile(
-    r"[\"'`]?(?P<op>\w[\w:<>. ]{0,119}?)[\"'`]? not implemented for [\"'`]*(?:torch\.)?(?P<type>Half|BFloat16|Float8_\w+)",
+    r"[\"'`]?(?P<op>\w[\w:<>. ]{0,119}?)[\"'`]? not implemented for [\"'`]*(?:torch\.)?"
+    r"(?P<type>Half|BFloat16|Float8_\w+)",
     re.IGNORECASE,
 )
 _FLATTEN = patterns(
