@@ -7,10 +7,10 @@ projections) on 2 windows of 64 tokens, or --batch-size of --seq-len, 60 steps. 
 steps. `overflow`: SmolLM2 with the FFNs' gate products 4096 times as large and their output weights as much smaller:
 the same function, but past FP16's 65,504. Plans are those for --device, whose arithmetic is emulated unless it is
 `cuda`: uniform BF16, FP16 and FP8 (tensorwise); BF16 weights without FP32 copies (`cast bf16`) where all weights are
-trained; a plan, that of --plan or of a search of --budget; and FP8 but for the units that lose most by it, as
-`probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False alarms: FP32 runs
-of twice the seeds, split in two at random, 20 times; how often one half is called worse. What is complete is written
-as it comes.
+trained; a plan, that of --plan or of a search of --budget, which looks at batches of --search-batch where a card would
+only wait for launches otherwise; and FP8 but for the units that lose most by it, as `probe_sensitivity` has them, which
+run in BF16 until the sum of the others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at
+random, 20 times; how often one half is called worse. What is complete is written as it comes.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--batch-size", type=int, help="of smollm2 and overflow")
     parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--search-batch", type=int, nargs=2, metavar=("ROWS", "TOKENS"), help="of its search")
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--budget", default="5m")
     parser.add_argument("--only", nargs="+", help="of these plans, as 'uniform fp16'")
@@ -170,7 +171,9 @@ def main() -> None:
         )
         plan = Plan.load(asked.plan) if asked.plan else None
         if plan is None and (not asked.only or SEARCHED in asked.only):
-            plan = searched(workload, asked.device, asked.budget)
+            wide = dict(zip(("batch_size", "seq_len"), asked.search_batch, strict=True)) if asked.search_batch else None
+            larger = WORKLOADS[name]("cuda" if here else "cpu", **wide, batches=8) if wide else workload
+            plan = searched(larger, asked.device, asked.budget)
         plans = plans_of(workload, device, plan)
         plans = {own: plan for own, plan in plans.items() if not asked.only or own in asked.only}
         formats = {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()}
