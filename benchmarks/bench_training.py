@@ -172,7 +172,7 @@ def main() -> None:
         plan = Plan.load(asked.plan) if asked.plan else None
         if plan is None and (not asked.only or SEARCHED in asked.only):
             wide = dict(zip(("batch_size", "seq_len"), asked.search_batch, strict=True)) if asked.search_batch else None
-            larger = WORKLOADS[name]("cuda" if here else "cpu", **wide, batches=8) if wide else workload
+            larger = WORKLOADS[name]("cuda" if here else "cpu", **wide, batches=4) if wide else workload
             plan = searched(larger, asked.device, asked.budget)
         plans = plans_of(workload, device, plan)
         plans = {own: plan for own, plan in plans.items() if not asked.only or own in asked.only}
