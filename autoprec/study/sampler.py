@@ -159,7 +159,7 @@ class FrontSampler(BaseSampler):
             return found
         with self._lock:
             picks = self._propose(self._look(study, trial.number))
-        chosen = {n: str(fs[k]) for (n, fs), k in zip(self._names.formats.items(), picks, strict=True)}
+        chosen = {n: fs[k].value for (n, fs), k in zip(self._names.formats.items(), picks, strict=True)}
         return found | chosen
 
     def sample_independent(
