@@ -8,8 +8,8 @@ steps. `overflow`: SmolLM2 with the FFNs' gate products 4096 times as large and 
 the same function, but past FP16's 65,504. Plans are those for --device, whose arithmetic is emulated unless it is
 `cuda`: uniform BF16, FP16 and FP8 (tensorwise); BF16 weights without FP32 copies (`cast bf16`) where all weights are
 trained; a plan, that of --plan or of a search of --budget, which looks at batches of --search-batch where a card would
-only wait for launches otherwise; and FP8 but for the units that lose most by it, as `probe_sensitivity` has them, which
-run in BF16 until the sum of the others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at
+only wait for launches otherwise; and FP16 and FP8 but for the units that overflow or lose most by it, as
+`probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at
 random, 20 times; how often one half is called worse. What is complete is written as it comes.
 """
 
@@ -117,12 +117,14 @@ def searched(workload: Workload, device: str, budget: str) -> Plan | None:
         return Plan.load(path) if result.chosen is not None and path.exists() else None
 
 
-def mostly_fp8(workload: Workload, device: DeviceProfile) -> Plan:
-    """Return uniform FP8 with the most sensitive units in BF16, until what the others lose is within 0.25 %."""
-    profile = probe_sensitivity(workload, formats=("fp8",))
-    plan = Plan.uniform(workload.model, "fp8", device=device)
-    lost = {u.name: max(0.0, profile[u.name, "fp8"].value) for u in plan.units if u.format is Format.FP8}
-    raised = []
+def mostly(choice: Format, workload: Workload, device: DeviceProfile) -> Plan:
+    """Return a uniform plan with BF16 in units that overflow, and in the most sensitive ones until 0.25 % is left."""
+    profile = probe_sensitivity(workload, formats=(choice,))
+    plan = Plan.uniform(workload.model, choice, device=device)
+    vetoed = {row.unit for row in profile.vetoes if row.format is choice}
+    own = {u.name for u in plan.units if u.format is choice}
+    lost = {name: max(0.0, profile[name, choice].value) for name in own - vetoed}
+    raised = sorted(own & vetoed)
     for name in sorted(lost, key=lambda name: -lost[name]):
         if sum(lost.values()) <= 0.0025 * profile.scale:
             break
@@ -138,7 +140,8 @@ def plans_of(workload: Workload, device: DeviceProfile, plan: Plan | None) -> di
         plans["cast bf16"] = Plan.cast(workload.model, "bf16", device=device)
     if plan is not None:
         plans[SEARCHED] = plan
-    plans["fp8 but for sensitive units"] = mostly_fp8(workload, device)
+    for choice in (Format.FP16, Format.FP8):
+        plans[f"{choice} but for sensitive units"] = mostly(choice, workload, device)
     return plans
 
 
