@@ -9,8 +9,9 @@ the same function, but past FP16's 65,504. Plans are those for --device, whose a
 `cuda`: uniform BF16, FP16 and FP8 (tensorwise); BF16 weights without FP32 copies (`cast bf16`) where all weights are
 trained; a plan, that of --plan or of a search of --budget, which looks at batches of --search-batch where a card would
 only wait for launches otherwise; and FP16 and FP8 but for the units that overflow or lose most by it, as
-`probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at
-random, 20 times; how often one half is called worse. What is complete is written as it comes.
+`probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False alarms: FP32 runs of
+twice the seeds, split in two at random, 20 times; how often one half is called worse. What is complete is written as it
+comes.
 """
 
 from __future__ import annotations
