@@ -21,6 +21,7 @@ import json
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,16 +135,19 @@ def mostly(choice: Format, workload: Workload, device: DeviceProfile) -> Plan:
     return plan.replace(dict.fromkeys(raised, "bf16"))
 
 
-def plans_of(workload: Workload, device: DeviceProfile, plan: Plan | None) -> dict[str, Plan]:
-    """Return what is trained beside FP32."""
-    plans = {f"uniform {f}": Plan.uniform(workload.model, f, device=device) for f in ("bf16", "fp16", "fp8")}
-    if all(p.requires_grad for p in workload.model.parameters()):
-        plans["cast bf16"] = Plan.cast(workload.model, "bf16", device=device)
-    if plan is not None:
-        plans[SEARCHED] = plan
+def plans_of(
+    workload: Workload, device: DeviceProfile, plan: Plan | None, only: Sequence[str] | None
+) -> dict[str, Plan]:
+    """Return what is trained beside FP32; of these `only` some, where named."""
+    model = workload.model
+    makers = {f"uniform {f}": partial(Plan.uniform, model, f, device=device) for f in ("bf16", "fp16", "fp8")}
+    if all(p.requires_grad for p in model.parameters()):
+        makers["cast bf16"] = partial(Plan.cast, model, "bf16", device=device)
     for choice in (Format.FP16, Format.FP8):
-        plans[f"{choice} but for sensitive units"] = mostly(choice, workload, device)
-    return plans
+        makers[f"{choice} but for sensitive units"] = partial(mostly, choice, workload, device)
+    if plan is not None:
+        makers[SEARCHED] = lambda: plan
+    return {name: make() for name, make in makers.items() if not only or name in only}
 
 
 def main() -> None:
@@ -178,8 +182,7 @@ def main() -> None:
             wide = dict(zip(("batch_size", "seq_len"), asked.search_batch, strict=True)) if asked.search_batch else None
             larger = WORKLOADS[name]("cuda" if here else "cpu", **wide, batches=4) if wide else workload
             plan = searched(larger, asked.device, asked.budget)
-        plans = plans_of(workload, device, plan)
-        plans = {own: plan for own, plan in plans.items() if not asked.only or own in asked.only}
+        plans = plans_of(workload, device, plan, asked.only)
         formats = {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()}
         how = {"device" if here else "emulated": device.name, "data": shape(workload)}
         figures: dict[str, Any] = {"model": name, **how, "units by format": formats}
