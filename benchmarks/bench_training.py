@@ -121,7 +121,7 @@ def searched(workload: Workload, device: str, budget: str) -> Plan | None:
 
 def mostly(choice: Format, workload: Workload, device: DeviceProfile) -> Plan:
     """Return a uniform plan with BF16 in units that overflow, and in the most sensitive ones until 0.25 % is left."""
-    profile = probe_sensitivity(workload, formats=(choice,))
+    profile = probe_sensitivity(workload, formats=(choice,), seconds=120.0)
     plan = Plan.uniform(workload.model, choice, device=device)
     vetoed = {row.unit for row in profile.vetoes if row.format is choice}
     own = {u.name for u in plan.units if u.format is choice}
