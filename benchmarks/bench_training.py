@@ -81,6 +81,8 @@ def smollm2(device: str = "cpu", loud: bool = False, **size: int) -> Workload:
                 layer.mlp.up_proj.weight.mul_(4096.0)  # powers of two: no bit of any result changes in FP32
                 layer.mlp.down_proj.weight.div_(4096.0)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    if loud:  # what an adapter of these learns would be 4096 times as large, or as small: FP32's own loss rose to 7.3
+        names = names[:-2]
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM")).to(device)
     return Workload(adapted, found.batches, mode="train", task=found.task, model_id=found.model_id)
 
