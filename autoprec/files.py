@@ -16,14 +16,14 @@ from autoprec.errors import AutoprecError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-__all__ = ["as_json", "from_json", "read_json", "read_limited", "write_atomic", "write_json"]
+__all__ = ["DEEPEST", "as_json", "from_json", "read_json", "read_limited", "write_atomic", "write_json"]
 
 T = TypeVar("T")
 
 #: no file of ours comes near: the plan of a model of 10,000 units has 2 MB, its result with 1,000 plans a front 200 MB
 LARGEST_BYTES = 256 << 20
 #: nor does any record nest deeper than 10
-_DEEPEST = 64
+DEEPEST = 64
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -174,8 +174,8 @@ def _check_depth(data: Any) -> None:
     level, depth = [data], 0
     while level:
         depth += 1
-        if depth > _DEEPEST:
-            raise ValueError(f"it nests deeper than {_DEEPEST} levels")
+        if depth > DEEPEST:
+            raise ValueError(f"it nests deeper than {DEEPEST} levels")
         inner = (d.values() if isinstance(d, dict) else d for d in level if isinstance(d, dict | list))
         level = [value for values in inner for value in values if isinstance(value, dict | list)]
 

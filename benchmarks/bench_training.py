@@ -7,11 +7,10 @@ projections) on 2 windows of 64 tokens, or --batch-size of --seq-len, 60 steps. 
 steps. `overflow`: SmolLM2 with the FFNs' gate products 4096 times as large and their output weights as much smaller:
 the same function, but past FP16's 65,504. Plans are those for --device, whose arithmetic is emulated unless it is
 `cuda`: uniform BF16, FP16 and FP8 (tensorwise); BF16 weights without FP32 copies (`cast bf16`) where all weights are
-trained; a plan, that of --plan or of a search of --budget, which looks at batches of --search-batch where a card would
-only wait for launches otherwise; and FP16 and FP8 but for the units that overflow or lose most by it, as
-`probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False alarms: FP32 runs of
-twice the seeds, split in two at random, 20 times; how often one half is called worse. What is complete is written as it
-comes.
+trained; a plan, that of --plan or of a search of --budget; and FP16 and FP8 but for the units that overflow or lose
+most by it, as `probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False
+alarms: FP32 runs of twice the seeds, split in two at random, 20 times; how often one half is called worse. What is
+complete is written as it comes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import json
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,9 +119,9 @@ def searched(workload: Workload, device: str, budget: str) -> Plan | None:
         return Plan.load(path) if result.chosen is not None and path.exists() else None
 
 
-def mostly(choice: Format, workload: Workload, device: DeviceProfile) -> Plan:
+def mostly(choice: Format, workload: Workload, device: DeviceProfile, seconds: float | None) -> Plan:
     """Return a uniform plan with BF16 in units that overflow, and in the most sensitive ones until 0.25 % is left."""
-    profile = probe_sensitivity(workload, formats=(choice,), seconds=120.0)
+    profile = probe_sensitivity(workload, formats=(choice,), seconds=seconds)
     plan = Plan.uniform(workload.model, choice, device=device)
     vetoed = {row.unit for row in profile.vetoes if row.format is choice}
     own = {u.name for u in plan.units if u.format is choice}
@@ -138,18 +136,18 @@ def mostly(choice: Format, workload: Workload, device: DeviceProfile) -> Plan:
 
 
 def plans_of(
-    workload: Workload, device: DeviceProfile, plan: Plan | None, only: Sequence[str] | None
+    workload: Workload, device: DeviceProfile, plan: Plan | None, asked: argparse.Namespace
 ) -> dict[str, Plan]:
-    """Return what is trained beside FP32; of these `only` some, where named."""
+    """Return what is trained beside FP32, made only where it is asked for."""
     model = workload.model
     makers = {f"uniform {f}": partial(Plan.uniform, model, f, device=device) for f in ("bf16", "fp16", "fp8")}
     if all(p.requires_grad for p in model.parameters()):
         makers["cast bf16"] = partial(Plan.cast, model, "bf16", device=device)
     for choice in (Format.FP16, Format.FP8):
-        makers[f"{choice} but for sensitive units"] = partial(mostly, choice, workload, device)
+        makers[f"{choice} but for sensitive units"] = partial(mostly, choice, workload, device, asked.probe_seconds)
     if plan is not None:
         makers[SEARCHED] = lambda: plan
-    return {name: make() for name, make in makers.items() if not only or name in only}
+    return {name: make() for name, make in makers.items() if not asked.only or name in asked.only}
 
 
 def main() -> None:
@@ -161,7 +159,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--batch-size", type=int, help="of smollm2 and overflow")
     parser.add_argument("--seq-len", type=int)
-    parser.add_argument("--search-batch", type=int, nargs=2, metavar=("ROWS", "TOKENS"), help="of its search")
+    parser.add_argument(
+        "--probe-seconds", type=float, help="of plans but for sensitive units; default: the probe's own"
+    )
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--budget", default="5m")
     parser.add_argument("--only", nargs="+", help="of these plans, as 'uniform fp16'")
@@ -181,10 +181,8 @@ def main() -> None:
         )
         plan = Plan.load(asked.plan) if asked.plan else None
         if plan is None and (not asked.only or SEARCHED in asked.only):
-            wide = dict(zip(("batch_size", "seq_len"), asked.search_batch, strict=True)) if asked.search_batch else None
-            larger = WORKLOADS[name]("cuda" if here else "cpu", **wide, batches=4) if wide else workload
-            plan = searched(larger, asked.device, asked.budget)
-        plans = plans_of(workload, device, plan, asked.only)
+            plan = searched(workload, asked.device, asked.budget)
+        plans = plans_of(workload, device, plan, asked)
         formats = {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()}
         how = {"device" if here else "emulated": device.name, "data": shape(workload)}
         figures: dict[str, Any] = {"model": name, **how, "units by format": formats}

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoprec import Plan
+from autoprec.doctor.diagnosis import diagnose
 from autoprec.errors import AutoprecError
 
 #: what parsers trip over
@@ -79,6 +80,15 @@ def test_a_long_run_of_one_sign_is_read_in_time(name: str, run: str) -> None:
     kind, long = kinds()[name], (run * 9_999)[:9_999].encode()
     for word in (b"", b"fp8 ", b"bf16 ", b"loss: ", b"grad_norm=", b"error ", b"precision"):
         assert_safe(kind, kind.sound + b"\n" + word + long + b"\n")
+
+
+def test_brackets_of_yaml_are_counted_where_they_open(tmp_path: Path) -> None:
+    """Those in comments and strings close nothing."""
+    kind, rows = kinds()["accelerate.yaml"], "# ]]]]]]]]]]\n[[[[[[[[[[\n" * 1_000
+    assert_safe(kind, rows.encode())
+    (tmp_path / "deep.yaml").write_text(rows)
+    with pytest.raises(AutoprecError, match="nests deeper than 64 levels"):
+        diagnose(settings=[str(tmp_path / "deep.yaml")], device="h100-sxm")
 
 
 def test_a_file_that_never_ends_is_refused() -> None:

@@ -170,35 +170,48 @@ def test_a_small_step_waits_for_the_host() -> None:
     assert not step_time("gpt2-xl", "t4", "fp16", 8, 1024).host_bound
 
 
-@pytest.mark.parametrize(
-    ("card", "launch", "name", "choice", "mode", "seen"),
-    [
-        ("h200-sxm-141gb", 20.0, "gpt2", "bf16", "infer", 18.3),
-        ("h200-sxm-141gb", 20.0, "gpt2", "fp32", "infer", 28.9),
-        ("h100-sxm-80gb", 20.8, "gpt2", "fp16", "infer", 13.0),
-        ("h100-sxm-80gb", 20.8, "gpt2", "bf16", "train", 46.2),
-        ("h100-sxm-80gb", 20.8, "gpt2", "fp8", "infer", 56.4),
-        ("h100-sxm-80gb", 20.8, "gpt2", "fp8", "train", 175.7),
-    ],
+#: card, its host's µs a launch, format, mode, and ms of a step of GPT-2 on 8x512 tokens: profiles/measured/
+SLOW_HOSTS = (
+    ("h200-sxm-141gb", 20.0, "bf16", "infer", 18.3),
+    ("h200-sxm-141gb", 20.0, "fp32", "infer", 28.9),
+    ("h100-sxm-80gb", 20.8, "fp16", "infer", 13.0),
+    ("h100-sxm-80gb", 20.8, "bf16", "train", 46.2),
+    ("h100-sxm-80gb", 20.8, "fp8", "infer", 56.4),
+    ("h100-sxm-80gb", 20.8, "fp8", "train", 175.7),
 )
-def test_a_step_that_waits_for_a_slow_host(
-    card: str, launch: float, name: str, choice: str, mode: str, seen: float
+
+
+def launching(card: str, launch_us: float) -> DeviceProfile:
+    known = Estimate(launch_us, launch_us, launch_us, Origin.MEASURED)
+    return dataclasses.replace(find_device(card), launch_us=known)
+
+
+@pytest.mark.parametrize(("card", "launch", "choice", "mode", "seen"), SLOW_HOSTS)
+def test_intervals_hold_steps_that_wait_for_a_slow_host(
+    card: str, launch: float, choice: str, mode: str, seen: float
 ) -> None:
-    """Steps of 8x512 tokens on two cards whose hosts take long to launch: profiles/measured/."""
-    known = find_device(card)
-    slow, quick = (
-        dataclasses.replace(known, launch_us=Estimate(us, 0.95 * us, 1.05 * us, Origin.MEASURED))
-        for us in (launch, 4.0)
-    )
-    there, here = (step_time(name, device, choice, 8, 512, mode).step_ms for device in (known, slow))
+    devices = (find_device(card), launching(card, launch), launching(card, 4.0))
+    there, here, quick = (step_time("gpt2", device, choice, 8, 512, mode).step_ms for device in devices)
     assert there.low <= seen <= there.high
     assert here.low <= seen <= here.high
-    assert step_time(name, quick, choice, 8, 512, mode).step_ms.value <= here.value
+    assert quick.value <= here.value
+
+
+_FURTHEST = pytest.mark.xfail(reason="0.68 of it: the factor is the best for all steps of that card, not for this one")
+
+
+@pytest.mark.parametrize(
+    ("card", "launch", "choice", "mode", "seen"),
+    [pytest.param(*SLOW_HOSTS[0], marks=_FURTHEST), *SLOW_HOSTS[1:]],
+)
+def test_a_known_host_makes_steps_predictable(card: str, launch: float, choice: str, mode: str, seen: float) -> None:
+    found = step_time("gpt2", launching(card, launch), choice, 8, 512, mode).step_ms
+    assert found.value == pytest.approx(seen, rel=0.3)
 
 
 def test_what_the_host_takes_is_doubted_where_nobody_measured_it() -> None:
     known = find_device("h200-sxm-141gb")
-    slow = dataclasses.replace(known, launch_us=Estimate(20.0, 19.5, 20.5, Origin.MEASURED))
+    slow = launching("h200-sxm-141gb", 20.0)
     small = step_time("gpt2", known, "bf16", 1, 128)
     assert any("depends on the host, which was not measured" in doubt for doubt in small.doubts)
     assert not any("host" in doubt for doubt in step_time("gpt2", slow, "bf16", 1, 128).doubts)

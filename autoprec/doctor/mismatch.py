@@ -33,6 +33,7 @@ _MATS = patterns(
 )
 _MIXED_NORM = re.compile(r"mixed dtype \(CPU\): expect (?:parameter|input)", re.IGNORECASE)
 _NORM = re.compile(r"layer_?norm|rms_?norm|group_?norm|batch_?norm|\bnorm\(|_norm\b", re.IGNORECASE)
+#: no operator has so long a name; without an end each sign of a line would be tried against all behind it
 _KERNEL = re.compile(
     r"[\"'`]?(?P<op>\w[\w:<>. ]{0,119}?)[\"'`]? not implemented for [\"'`]*(?:torch\.)?"
     r"(?P<type>Half|BFloat16|Float8_\w+)",

@@ -10,12 +10,12 @@ import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from autoprec.doctor.reading import UserText, read_text
 from autoprec.doctor.scripts import Script, notebook_source, read_script
 from autoprec.errors import DataError
+from autoprec.files import DEEPEST
 
 __all__ = ["Setting", "Settings", "read_settings_file", "settings_from"]
 
@@ -26,8 +26,6 @@ _ARGUMENT_CALLS = re.compile(
 )
 #: settings of libraries that stand under a heading of their own in other files
 _MAX_DEPTH = 12
-#: brackets of YAML within each other
-_DEEPEST = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +110,21 @@ def _json(text: str, path: str) -> Any:
 def _yaml(text: str, path: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+        """PyYAML takes the square of the depth of brackets, so it stops at what no settings need."""
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level >= DEEPEST:
+                raise ValueError(f"it nests deeper than {DEEPEST} levels")
+            super().fetch_flow_collection_start(token)
+
     try:
-        if _brackets(text) > _DEEPEST:  # PyYAML takes the square of the depth, and no settings nest so deep
-            raise ValueError(f"it nests deeper than {_DEEPEST} levels")
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as fault:
         said = " ".join(str(fault).split())
         raise DataError(
             f"--args {path} is no YAML that can be read: {said[:200]}. Give a file that is whole."
         ) from None
-
-
-def _brackets(text: str) -> int:
-    """Return how deep brackets nest, those in strings counted in."""
-    steps = (1 if mark in "[{" else -1 for mark in re.findall(r"[\[{\]}]", text))
-    return max(accumulate(steps), default=0)
 
 
 def _toml(text: str, path: str) -> Any:

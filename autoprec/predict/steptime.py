@@ -38,8 +38,8 @@ _CROWDED = "the step needs"
 #: an operation of an eager step took 30 to 65 µs on the slowest host seen (a virtual one of an H200,
 #: profiles/measured/h200-sxm-141gb.json), 12 where most were timed
 _SLOWEST_HOST = 5.0
-#: 95 % of an H200's steps in 16 bits and FP8 lie within this factor of what its probed launch gives; the same step took
-#: its host up to 1.4 times as long in FP16 as in BF16, or the other way round
+#: 1.96 times the root mean square of the log errors of an H200's steps in 16 bits and FP8 with its launch probed, 0.205
+#: (benchmarks/bench_cards.py); an H100 took GPT-2's forward 1.4 times as long in BF16 as in FP16
 _STEADY_HOST = 1.5
 
 
@@ -225,7 +225,7 @@ def predict_step(
         1e3 * sum(phases.values()), _spread(table, vendor, used, setup, compiled), card, used, table, outside
     )
     # nobody knows what host it will be where no launch was measured
-    quick, slow = (1 / _STEADY_HOST, _STEADY_HOST) if card.eager_seconds else (1.0, _SLOWEST_HOST)
+    quick, slow = (1 / _STEADY_HOST, _STEADY_HOST) if card.eager_seconds is not None else (1.0, _SLOWEST_HOST)
     low_ms, high_ms = (1e3 * sum(pricer.step_seconds(total, slower=by).values()) for by in (quick, slow))
     estimate = dataclasses.replace(estimate, low=min(estimate.low, low_ms), high=max(estimate.high, high_ms))
     return StepTime(

@@ -236,7 +236,7 @@ def _operands(device: torch.device, size: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _plain(device: torch.device, size: int, dtype: torch.dtype) -> Callable[[], Any]:
-    """Return a product as a linear layer makes it, rows by rows: in FP32 an H100 takes 0.89 of the time of columns."""
+    """Return a product as a linear layer makes it: of the rows of both operands."""
     left, right = (t.to(dtype) for t in _operands(device, size))
     return partial(F.linear, left, right)
 

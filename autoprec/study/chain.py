@@ -162,18 +162,18 @@ class Chain:
             grown = (padded[:, step.before] + cost[..., None]).reshape(axes, len(step.before), -1)
             # by time, of equal ones the least drop first: units of one shape have equal times, and one of them will do
             order = np.lexsort((grown[1], grown[0]), axis=1)
-            states = np.arange(len(order))[:, None]
-            grown = grown[:, states, order]
+            row = np.arange(len(order))[:, None]
+            grown = grown[:, row, order]
             keep = _staircase(grown[:2]) if not memory else np.stack([unbeaten(grown[:, k]) for k in range(len(order))])
             keep &= np.isfinite(grown[0])
             if (counts := keep.sum(axis=1)).max() > limit:
                 keep, exact = _thinned(grown[0], grown[1], keep, limit), False
                 counts = keep.sum(axis=1)
             place = np.argsort(~keep, axis=1, kind="stable")[:, : counts.max()]  # those kept, in their order
-            table = grown[:, states, place]
+            table = grown[:, row, place]
             table[:, np.arange(place.shape[1]) >= counts[:, None]] = np.inf
-            way, column = np.divmod(order[states, place], width)
-            trail.append((step.before[states, way] * width + column, step.choice[states, way]))
+            way, column = np.divmod(order[row, place], width)
+            trail.append((step.before[row, way] * width + column, step.choice[row, way]))
         return _traced(trail, np.flatnonzero(np.isfinite(table[0]))), exact
 
     def _room(self) -> int:
@@ -207,8 +207,8 @@ class Chain:
             padded = np.concatenate([value, np.full((1, len(prices)), np.inf)])
             total = padded[step.before] + time_weight * step.time_ms[..., None] + step.drop[..., None] * prices
             way, value = np.argmin(total, axis=1), total.min(axis=1)
-            states = np.arange(len(way))[:, None]
-            trail.append((step.before[states, way] * len(prices) + np.arange(len(prices)), step.choice[states, way]))
+            row = np.arange(len(way))[:, None]
+            trail.append((step.before[row, way] * len(prices) + np.arange(len(prices)), step.choice[row, way]))
         best = np.argmin(value, axis=0)
         return value.min(axis=0), _traced(trail, best * len(prices) + np.arange(len(prices)))
 
