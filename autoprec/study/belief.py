@@ -71,30 +71,34 @@ class Belief:
     def given(self, rows: Array, sums: Array) -> Posterior:
         """Return the belief after sums [N] over what rows [N, P] of 0 and 1 choose."""
         if rows.size == 0:  # no sums, or no parts: a space without a choice
-            return Posterior(self.mean, self._root(1.0), self.noises[-1], self.floor)
+            root = np.concatenate([np.diag(self.spread), self.shared], axis=1)
+            return Posterior(self.mean, root, self.noises[-1], self.floor)
         few = slice(-_MOST_FOR_CHOICE, None)
         options = itertools.product(self.widths, self.noises)
         width, noise = max(
             options, key=lambda option: _evidence(*self._fit(rows[few], sums[few], *option)[1:], option[1])
         )
         z, features, _ = self._fit(rows, sums, width, noise)
-        root = self._root(width)
-        return Posterior(self.mean + root @ z, root @ _posterior_root(features, noise), noise, self.floor)
+        axes, shrink = _seen(features, noise)
+        root = np.concatenate([np.diag(width * self.spread), self.shared], axis=1)
+        root -= (self._rooted(axes, width) * (1 - shrink)) @ axes.T
+        return Posterior(self.mean + self._rooted(z, width), root, noise, self.floor)
 
-    def _root(self, width: float) -> Array:
-        return np.concatenate([np.diag(width * self.spread), self.shared], axis=1)
+    def _rooted(self, z: Array, width: float) -> Array:
+        """Return root @ z, of a root whose first part is diagonal."""
+        own, shared = z[: len(self.spread)], z[len(self.spread) :]
+        return (own.T * (width * self.spread)).T + self.shared @ shared
 
     def _fit(self, rows: Array, sums: Array, width: float, noise: float) -> tuple[Array, Array, Array]:
         """Return z, of which parts are mean + root z, and the linearised problem there: features z = target."""
-        root = self._root(width)
-        z = np.zeros(root.shape[1])
+        z = np.zeros(len(self.spread) + self.shared.shape[1])
         longest = np.inf if self.floor is None else _LONGEST
         for _ in range(_STEPS):
-            value, slope = _link(rows, self.mean + root @ z, self.floor)
-            features = slope @ root
+            value, slope = _link(rows, self.mean + self._rooted(z, width), self.floor)
+            features = np.concatenate([slope * (width * self.spread), slope @ self.shared], axis=1)
             target = sums - value + features @ z
             step = _ridge(features, target, noise) - z
-            z = z + step / max(1.0, float(np.abs(root @ step).max()) / longest)
+            z = z + step / max(1.0, float(np.abs(self._rooted(step, width)).max()) / longest)
             if self.floor is None or float(np.abs(step).max()) < _AT_REST:
                 break
         return z, features, target
@@ -121,18 +125,16 @@ def _ridge(features: Array, target: Array, noise: float) -> Array:
     return found
 
 
-def _posterior_root(features: Array, noise: float) -> Array:
-    """Return a root of the covariance of z given the features' sums: the identity, less in the directions seen."""
+def _seen(features: Array, noise: float) -> tuple[Array, Array]:
+    """Return the directions of z [K, D] that features tell of, and to what share each one's deviation falls."""
     squares, left = linalg.eigh(features @ features.T)
     seen = squares > 1e-10 * squares[-1]  # at most as many as there are sums
     squares, axes = squares[seen], (features.T @ left[:, seen]) / np.sqrt(squares[seen])
-    shrink = noise / np.sqrt(squares + noise**2)
-    root: Array = np.eye(features.shape[1]) - (axes * (1 - shrink)) @ axes.T
-    return root
+    return axes, noise / np.sqrt(squares + noise**2)
 
 
 def _evidence(features: Array, target: Array, noise: float) -> float:
     """Return the log likelihood of target ~ N(0, features featuresᵀ + noise²), up to a constant."""
-    values, vectors = linalg.eigh(features @ features.T)
-    variance = np.maximum(values, 0.0) + noise**2
-    return -0.5 * float((np.log(variance) + np.square(vectors.T @ target) / variance).sum())
+    root = linalg.cholesky(features @ features.T + noise**2 * np.eye(len(target)), lower=True)
+    scaled = linalg.solve_triangular(root, target, lower=True)
+    return -float(np.log(np.diag(root)).sum()) - 0.5 * float(scaled @ scaled)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,11 @@ import numpy.typing as npt
 from autoprec.errors import StudyError
 from autoprec.formats import Format
 
-__all__ = ["Border", "Chain", "ChainUnit", "Choice", "Hull", "unbeaten"]
+__all__ = ["Border", "Chain", "ChainUnit", "Choice", "Hull", "distinct", "unbeaten"]
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
+Picks = TypeVar("Picks", Indices, npt.NDArray[np.int8])
 #: a cost wherever two neighbours differ; or for each pair of neighbours a cost by formats (the earlier's, the later's)
 Border = float | Sequence[Mapping[tuple[Format, Format], float]]
 #: a state between two units: the format of the last, and those of ties that are still open
@@ -81,13 +83,14 @@ class Hull:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """The ways into the states of one unit: [keys, ways] indices of the state before (-1: none) and of the choice."""
+    """The ways into the states of one unit: [keys, ways] indices of the state before (-1: none) and of the choice.
+
+    `cost` is time, drop and bytes of each way [3, keys, ways].
+    """
 
     before: Indices
     choice: Indices
-    drop: Array
-    time_ms: Array
-    bytes: Array
+    cost: Array
 
 
 class Chain:
@@ -103,6 +106,13 @@ class Chain:
         for index in range(len(units)):
             step, keys = self._step(index, keys)
             self.steps.append(step)
+        self._tables = [np.array([[c.drop, c.time_ms, c.bytes] for c in unit.choices]) for unit in units]
+        self._casts = [self._cast_table(index) for index in range(1, len(units))] if self.border else []
+
+    def _cast_table(self, index: int) -> Array:
+        """Return what a cast before a unit costs, by the choices of both its sides."""
+        before, unit = self.units[index - 1], self.units[index]
+        return np.array([[self._border(index, a.format, b.format) for b in unit.choices] for a in before.choices])
 
     def _step(self, index: int, before: list[_Key]) -> tuple[_Step, list[_Key]]:
         unit = self.units[index]
@@ -125,10 +135,9 @@ class Chain:
         rows, picks, added = np.full(shape, -1), np.zeros(shape, dtype=np.intp), np.zeros(shape)
         for row, found in enumerate(ways.values()):
             rows[row, : len(found)], picks[row, : len(found)], added[row, : len(found)] = zip(*found, strict=True)
-        drop, time_ms, size = (
-            np.array([getattr(c, name) for c in unit.choices])[picks] for name in ("drop", "time_ms", "bytes")
-        )
-        return _Step(rows, picks, drop, time_ms + added, size), list(ways)
+        cost = np.array([[c.time_ms, c.drop, c.bytes] for c in unit.choices]).T[:, picks]
+        cost[0] += added
+        return _Step(rows, picks, cost), list(ways)
 
     def _border(self, index: int, before: Format | None, after: Format) -> float:
         if before is None or before is after:
@@ -139,14 +148,13 @@ class Chain:
 
     def cost(self, picks: npt.NDArray[np.intp]) -> tuple[Array, Array, Array]:
         """Return drop, time and bytes of whole assignments [P, units], summed in one order for all of them."""
-        drop, time_ms, size = (np.zeros(len(picks)) for _ in range(3))
-        for index, unit in enumerate(self.units):
-            table = np.array([[c.drop, c.time_ms, c.bytes] for c in unit.choices])[picks[:, index]]
-            drop, time_ms, size = drop + table[:, 0], time_ms + table[:, 1], size + table[:, 2]
-            if index and self.border:
-                earlier = self.units[index - 1].choices
-                costs = np.array([[self._border(index, a.format, b.format) for b in unit.choices] for a in earlier])
-                time_ms = time_ms + costs[picks[:, index - 1], picks[:, index]]
+        columns = np.ascontiguousarray(picks.T)
+        total = np.zeros((len(picks), 3))
+        for table, own in zip(self._tables, columns, strict=True):
+            total += table[own]
+        for casts, before, own in zip(self._casts, columns, columns[1:], strict=False):
+            total[:, 1] += casts[before, own]
+        drop, time_ms, size = total.T
         return drop, time_ms, size
 
     def states(self, memory: bool, max_states: int | None) -> tuple[npt.NDArray[np.intp], bool]:
@@ -154,27 +162,27 @@ class Chain:
         limit, exact = max_states or self._room(), True
         axes = 3 if memory else 2
         table = np.zeros((axes, 1, 1))  # time, drop (and bytes) of [states, partial assignments], infinite where none
-        trail: list[tuple[Indices, Indices]] = []
+        starts, trail = np.zeros(1, dtype=np.intp), []  # where a state's partial assignments begin, of all that remain
         for step in self.steps:
             width = table.shape[2]
             padded = np.concatenate([table, np.full((axes, 1, width), np.inf)], axis=1)  # row -1: no way in
-            cost = np.stack([step.time_ms, step.drop, step.bytes][:axes])
-            grown = (padded[:, step.before] + cost[..., None]).reshape(axes, len(step.before), -1)
+            grown = (padded[:, step.before] + step.cost[:axes, ..., None]).reshape(axes, len(step.before), -1)
             # by time, of equal ones the least drop first: units of one shape have equal times, and one of them will do
             order = np.lexsort((grown[1], grown[0]), axis=1)
-            row = np.arange(len(order))[:, None]
-            grown = grown[:, row, order]
+            grown = grown[:, np.arange(len(order))[:, None], order]
             keep = _staircase(grown[:2]) if not memory else np.stack([unbeaten(grown[:, k]) for k in range(len(order))])
             keep &= np.isfinite(grown[0])
-            if (counts := keep.sum(axis=1)).max() > limit:
+            counts = keep.sum(axis=1)
+            if counts.max() > limit:
                 keep, exact = _thinned(grown[0], grown[1], keep, limit), False
-                counts = keep.sum(axis=1)
-            place = np.argsort(~keep, axis=1, kind="stable")[:, : counts.max()]  # those kept, in their order
-            table = grown[:, row, place]
-            table[:, np.arange(place.shape[1]) >= counts[:, None]] = np.inf
+                counts = np.minimum(counts, limit)
+            row, place = np.nonzero(keep)
             way, column = np.divmod(order[row, place], width)
-            trail.append((step.before[row, way] * width + column, step.choice[row, way]))
-        return _traced(trail, np.flatnonzero(np.isfinite(table[0]))), exact
+            trail.append((starts[step.before[row, way]] + column, step.choice[row, way]))
+            starts = np.cumsum(counts) - counts
+            table = np.full((axes, len(counts), counts.max()), np.inf)
+            table[:, row, np.arange(len(row)) - starts[row]] = grown[:, row, place]
+        return _traced(trail, np.arange(len(row))), exact
 
     def _room(self) -> int:
         work = sum(step.before.size for step in self.steps)
@@ -191,7 +199,7 @@ class Chain:
         for _ in range(_ROUNDS):
             value, picks = self._cheapest(prices)
             values, seen = np.concatenate([values, value]), np.concatenate([seen, prices])
-            corners = np.unique(np.concatenate([corners, picks]), axis=0)
+            corners = distinct(np.concatenate([corners, picks]))
             drop, time_ms, _ = self.cost(corners)
             order = np.lexsort((drop, time_ms))
             order = order[unbeaten(np.stack([time_ms, drop])[:, order])]
@@ -202,15 +210,17 @@ class Chain:
 
     def _cheapest(self, prices: Array, time_weight: float = 1.0) -> tuple[Array, npt.NDArray[np.intp]]:
         """Return for each price the least of time_weight × time + price × drop, and an assignment that has it."""
-        value, trail = np.zeros((1, len(prices))), []
+        count, trail = len(prices), []
+        column = np.arange(count)
+        value = np.zeros((1, count))
         for step in self.steps:
-            padded = np.concatenate([value, np.full((1, len(prices)), np.inf)])
-            total = padded[step.before] + time_weight * step.time_ms[..., None] + step.drop[..., None] * prices
-            way, value = np.argmin(total, axis=1), total.min(axis=1)
-            row = np.arange(len(way))[:, None]
-            trail.append((step.before[row, way] * len(prices) + np.arange(len(prices)), step.choice[row, way]))
+            padded = np.concatenate([value, np.full((1, count), np.inf)])
+            total = padded[step.before] + (time_weight * step.cost[0, ..., None] + step.cost[1, ..., None] * prices)
+            way, row = total.argmin(axis=1), np.arange(len(total))[:, None]
+            value = total[row, way, column]
+            trail.append((step.before[row, way] * count + column, step.choice[row, way]))
         best = np.argmin(value, axis=0)
-        return value.min(axis=0), _traced(trail, best * len(prices) + np.arange(len(prices)))
+        return value.min(axis=0), _traced(trail, best * count + column)
 
     def _first_prices(self) -> Array:
         """Return prices from 'drop costs nothing' to 'drop is all that counts', evenly on a log scale."""
@@ -225,6 +235,12 @@ class Chain:
             return np.zeros(1)
         low, high = np.log(max(min(gains), 1e-300)) - 1, np.log(max(gains)) + 1
         return np.concatenate([[0.0], np.exp(np.linspace(low, high, _PRICES))])
+
+
+def distinct(picks: Picks) -> Picks:
+    """Return rows [P, units], each once, in the order of their bytes (np.unique by axis takes 30 times as long)."""
+    whole = np.ascontiguousarray(picks, dtype=np.int8).view(f"V{picks.shape[1]}").ravel()
+    return picks[np.unique(whole, return_index=True)[1]]
 
 
 def _staircase(table: Array) -> npt.NDArray[np.bool_]:
@@ -258,22 +274,20 @@ def _thinned(time_ms: Array, drop: Array, keep: npt.NDArray[np.bool_], limit: in
 
     Of a stretch that one stays which reaches furthest below the line between its ends, and so nearest the hull.
     """
-    thin = np.zeros_like(keep)
-    for row in range(len(keep)):
-        items = np.flatnonzero(keep[row])
-        if len(items) <= limit:
-            thin[row, items] = True
-            continue
-        t, d = time_ms[row, items], drop[row, items]
-        edges = np.linspace(0, len(items), limit + 1).astype(np.intp)
-        first, last = edges[:-1], edges[1:] - 1
-        widths = np.diff(edges)
-        slope = np.repeat((d[first] - d[last]) / np.maximum(t[last] - t[first], 1e-300), widths)
-        excess = d + slope * t
-        least = np.minimum.reduceat(excess, first)
-        chosen = np.flatnonzero(excess == np.repeat(least, widths))
-        thin[row, items[chosen[np.searchsorted(chosen, first)]]] = True
-    return thin
+    items = np.flatnonzero(keep)
+    t, d = time_ms.ravel()[items], drop.ravel()[items]
+    counts = keep.sum(axis=1)
+    starts = np.cumsum(counts) - counts
+    most = np.minimum(counts, limit)
+    first = np.concatenate([s + np.arange(m) * n // m for s, n, m in zip(starts, counts, most, strict=True) if m])
+    widths = np.diff(first, append=len(items))
+    last = first + widths - 1
+    slope = np.repeat((d[first] - d[last]) / np.maximum(t[last] - t[first], 1e-300), widths)
+    excess = d + slope * t
+    chosen = np.flatnonzero(excess == np.repeat(np.minimum.reduceat(excess, first), widths))
+    thin = np.zeros(keep.size, dtype=bool)
+    thin[items[chosen[np.searchsorted(chosen, first)]]] = True
+    return thin.reshape(keep.shape)
 
 
 def _traced(trail: Sequence[tuple[Indices, Indices]], ends: Indices) -> npt.NDArray[np.intp]:

@@ -17,7 +17,7 @@ from autoprec.errors import StudyError
 from autoprec.formats import Format
 from autoprec.probe.pacing import SAME
 from autoprec.records import Measurement
-from autoprec.study.chain import Border, Chain, ChainUnit, Choice, Hull, unbeaten
+from autoprec.study.chain import Border, Chain, ChainUnit, Choice, Hull, distinct, unbeaten
 
 __all__ = [
     "ChainUnit",
@@ -157,7 +157,7 @@ def predicted_front(
     hull = None if exact else chain.relaxed()
     if hull is not None:
         picks = np.concatenate([picks, hull.corners])
-    picks = np.unique(picks, axis=0)
+    picks = distinct(picks)
     drop, time_ms, size = chain.cost(picks)
     order = np.lexsort((size, drop, time_ms))
     table = np.stack([time_ms, drop, size] if memory else [time_ms, drop])[:, order]

@@ -139,22 +139,17 @@ def time_belief(names: Names, prior: Prior, scale: float) -> Belief:
     table = _table(names, prior, "time")
     means, spreads, known = np.zeros(len(parts)), np.empty(len(parts)), np.zeros(len(parts), dtype=bool)
     usual = scale / len(names.formats)
-    base = 0.0
-    for unit, formats in names.formats.items():
-        own = table.get(unit, {})
-        widest = own.get(Format.FP32) if Format.FP32 in formats else None
-        base += widest.value if widest else 0.0
-        for index, (name, choice) in enumerate(parts):
-            if name != unit:
-                continue
-            given = own.get(choice)
-            known[index] = given is not None and (widest is not None or Format.FP32 not in formats)
-            if given is not None and known[index]:
-                means[index] = given.value - (widest.value if widest else 0.0)
-                reach = max(given.high - given.low, 0.0) / 3.92
-                spreads[index] = max(reach, _BARE_TIME * abs(means[index]), 1e-3 * usual)
-            else:
-                spreads[index] = usual / 2
+    widest = {u: table.get(u, {}).get(Format.FP32) for u, formats in names.formats.items() if Format.FP32 in formats}
+    base = sum(w.value for w in widest.values() if w is not None)
+    for index, (unit, choice) in enumerate(parts):
+        given, wide = table.get(unit, {}).get(choice), widest.get(unit)
+        known[index] = given is not None and (wide is not None or unit not in widest)
+        if given is not None and known[index]:
+            means[index] = given.value - (wide.value if wide else 0.0)
+            reach = max(given.high - given.low, 0.0) / 3.92
+            spreads[index] = max(reach, _BARE_TIME * abs(means[index]), 1e-3 * usual)
+        else:
+            spreads[index] = usual / 2
     shared = _by_format(parts) * np.where(known, _TOGETHER_TIME * np.abs(means), usual / 2)[:, None]
     constant = np.zeros((1, shared.shape[1]))
     return Belief(

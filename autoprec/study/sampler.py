@@ -25,7 +25,7 @@ from autoprec.errors import StudyError
 from autoprec.formats import Format
 from autoprec.records import Estimate, Origin
 from autoprec.study.belief import Posterior
-from autoprec.study.chain import Border, Chain, ChainUnit, Choice
+from autoprec.study.chain import Border, Chain, ChainUnit, Choice, distinct
 from autoprec.study.front import predicted_front
 from autoprec.study.hypervolume import expected_gain, front_of
 from autoprec.study.priors import Names, Prior, drop_belief, time_belief
@@ -311,7 +311,7 @@ class FrontSampler(BaseSampler):
             predicted_front(self._names.chain(*draw), border_ms=self._border, max_states=_STATES).picks
             for draw in draws
         ]
-        return np.unique(np.concatenate(found), axis=0)
+        return distinct(np.concatenate(found))
 
     def _gains(self, candidates: Picks, seen: _Seen, drop: Posterior, time: Posterior) -> Array:
         """Return the expected gains of hypervolume as shares of what the corner allows."""
@@ -366,7 +366,7 @@ class FrontSampler(BaseSampler):
         found = base[chosen // len(pairs)].copy()
         unit, pick = np.array(pairs)[chosen % len(pairs)].T
         found[np.arange(len(found)), unit] = pick
-        return np.unique(found, axis=0)
+        return distinct(found)
 
     def _unseen(self, picks: Picks, seen: _Seen) -> Picks:
         keys = seen.keys
