@@ -41,6 +41,7 @@ STEPS = {"minilm": 200, "smollm2": 60, "demo": 200, "overflow": 60}
 #: LoRA and a classifier learn at other rates than all weights of a language model
 RATES = {"minilm": 2e-5, "smollm2": 2e-4, "demo": 1e-4, "overflow": 2e-4}
 SPLITS = 20
+DEVICE = "h100-sxm-80gb"
 SEARCHED = "the searched plan"
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     """Train what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="minilm, smollm2, demo, overflow; default: minilm and smollm2")
-    parser.add_argument("--device", default="h100-sxm-80gb")
+    parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--batch-size", type=int, help="of smollm2 and overflow")
@@ -188,7 +189,7 @@ def main() -> None:
         figures: dict[str, Any] = {"model": name, **how, "units by format": formats}
         found = train(workload, plans)
         figures["training"] = as_json(found)
-        result = f"training-{name}" + (f"-{device.name}" if here else "")
+        result = f"training-{name}" + ("" if asked.device == DEVICE else f"-{device.name}")
         print(write_result(result, figures), [str(arm.verdict) for arm in found.arms], flush=True)
         others = train(workload, {}, first_seed=asked.seeds)
         figures["FP32 with other seeds"] = as_json(others)
