@@ -98,7 +98,8 @@ def samples(only: str | None = None) -> tuple[Sample, ...]:
         profile = from_json(ModelProfile, data["profile"], what=name)
         facts = None if data["facts"] is None else from_json(ModelFacts, data["facts"], what=name)
         drops = {u: {Format(f): row[0] for f, row in own.items()} for u, own in data["drop_percent"].items()}
-        own = Sample(name=name, source=name, profile=profile, facts=facts, units=unit_facts(profile), drops=drops)
+        units = unit_facts(profile, data.get("outliers"))
+        own = Sample(name=name, source=name, profile=profile, facts=facts, units=units, drops=drops)
         found += [own, *(_relative(own, other) for other in relatives)]
     return tuple(found)
 

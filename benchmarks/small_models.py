@@ -3,8 +3,9 @@
     python benchmarks/small_models.py [NAME ...]
 
 Reads bytes of the texts of `python benchmarks/models.py austen`, trains with a fixed seed on one thread, and writes
-`benchmarks/truths/drops/<name>.json`: units, facts, and the drop of each unit in each format (emulated, by
-`probe_sensitivity`). The trained models of `truths.py` are probed likewise. What is there is not made again.
+`benchmarks/truths/drops/<name>.json`: units, facts, the drop of each unit in each format (emulated, by
+`probe_sensitivity`), and how far its largest weights stand out. The trained models of `truths.py` are probed likewise.
+What is there is not made again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from truths import WORKLOADS
 from autoprec import Workload, probe_sensitivity, probe_units
 from autoprec.files import as_json, write_json
 from autoprec.probe.described import module_facts
+from autoprec.probe.outliers import weight_outliers
 
 FOLDER = Path(__file__).parent / "truths" / "drops"
 FORMATS = ("bf16", "fp16", "fp8")
@@ -168,6 +170,7 @@ def write(name: str) -> None:
     workload = trained(name) if name in MODELS else WORKLOADS[name]()
     found = probe_sensitivity(workload, FORMATS, cache=False)
     facts = module_facts(workload.model)
+    profile = probe_units(workload.model, model_id=workload.model_id)
     rows: dict[str, dict[str, list[float]]] = {}
     for row in found.drops:
         part = 100 / found.scale
@@ -178,9 +181,10 @@ def write(name: str) -> None:
         {
             "made_by": f"benchmarks/small_models.py {name}",
             "scale_nats": found.scale,
-            "profile": as_json(probe_units(workload.model, model_id=workload.model_id)),
+            "profile": as_json(profile),
             "facts": None if facts is None else as_json(facts),
             "drop_percent": rows,
+            "outliers": {u: float(f"{x:.4g}") for u, x in weight_outliers(workload.model, profile).items()},
             "vetoes": [f"{v.unit} {v.format}" for v in found.vetoes],
             "versions": dict(found.versions),
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,23 +10,27 @@ from pathlib import Path
 
 import pytest
 import sklearn.tree
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.catalog import device_names, find_device
+from autoprec.files import as_json, from_json
 from autoprec.formats import Format
 from autoprec.models import catalogued_facts, catalogued_profile
 from autoprec.plan import Plan
 from autoprec.predict.additive import step_prices
 from autoprec.predict.setup import Optimizer, Setup
 from autoprec.predict.steptime import predict_step
+from autoprec.probe.outliers import weight_outliers
+from autoprec.probe.units import probe_units
 from autoprec.recommender.choice import within
 from autoprec.recommender.gains import Gains
 from autoprec.recommender.learned import current_tree, shipped_tree
 from autoprec.recommender.measures import FEATURES
 from autoprec.recommender.recommender import recommend, recommend_plan
-from autoprec.recommender.table import COLUMNS, add_rows, read_tables, shipped_texts, table_digest, user_table
-from autoprec.recommender.tree import Leaf, fit_tree, tree_lines
+from autoprec.recommender.table import COLUMNS, add_rows, as_csv, read_tables, shipped_texts, table_digest, user_table
+from autoprec.recommender.tree import Leaf, Tree, fit_tree, tree_lines
 from autoprec.records import Mode, Role
 
 FP32, BF16, FP8 = Format.FP32, Format.BF16, Format.FP8
@@ -219,13 +224,58 @@ def test_damaged_rows_are_left_out_and_counted() -> None:
         ",".join((cells | change).values())
         for change in (
             {"label": "int4"}, {"half_gain": "fast"}, {"half_gain": "nan"}, {"stake": "inf"}, {"drop_bf16": "-1"},
-            {"role": "wheel"}, {"origin": "rumour"},
+            {"log2_outlier": "far"}, {"role": "wheel"}, {"origin": "rumour"},
         )
     ]  # fmt: skip
     user_table().write_text("\n".join([*good, *bad, "short,row", "x," * 99]) + "\n")
     tree = current_tree()
     assert tree.rows == shipped_tree().rows + 30
-    assert any("9 of 39 rows are damaged or foreign and are not used" in note for note in tree.notes)
+    assert any("10 of 40 rows are damaged or foreign and are not used" in note for note in tree.notes)
+
+
+def test_a_table_from_before_weights_were_looked_at_is_kept() -> None:
+    add_rows(rows(30))
+    lines = user_table().read_text().splitlines()
+    at = COLUMNS.index("log2_outlier")
+    user_table().write_text("".join(",".join(c for i, c in enumerate(x.split(",")) if i != at) + "\n" for x in lines))
+    assert current_tree().rows == shipped_tree().rows + 30
+    add_rows(rows(5, log2_outlier=float("nan")))
+    assert user_table().read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert current_tree().rows == shipped_tree().rows + 35
+
+
+# outliers of weights
+
+
+def test_how_far_weights_stand_out_is_asked_of_weights_that_were_seen() -> None:
+    draw = random.Random(0)
+    made = rows(800)
+    for index, row in enumerate(made):
+        outlier = draw.choice([2.0, 6.0, float("nan")])
+        row |= {"log2_outlier": outlier, "label": "half" if outlier == 2.0 else "fp32", "device": str(index)}
+    tree = fit_tree(read_tables({"made": as_csv(made)}).rows, "")
+    plain = {name: float(made[0][name]) for name in FEATURES}  # type: ignore[arg-type]
+    for outlier, label, said in (
+        (2.0, "half", "its largest weight is at most 16 times the usual one"),
+        (6.0, "fp32", "its largest weight is more than 16 times the usual one"),
+        (float("nan"), "fp32", "its weights were not seen"),
+    ):
+        leaf, path = tree.follow(plain | {"log2_outlier": outlier})
+        assert leaf.label == label and said in path, (outlier, path)
+    assert from_json(Tree, as_json(tree), what="tree") == tree
+
+
+def test_outliers_are_those_of_the_weights_that_are_here() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.fill_(0.5)
+        model[2].weight[3, 5] = 32.0
+    profile = probe_units(model)
+    assert list(weight_outliers(model, profile).values()) == [pytest.approx(32 / ((4095 * 0.25 + 1024) / 4096) ** 0.5)]
+    seen = recommend(model, "h100-sxm").plan
+    assert seen.assignment.keys() == recommend(profile, "h100-sxm").plan.assignment.keys()
+    assert weight_outliers(model.to("meta"), profile) == {}
 
 
 def test_a_table_holds_no_more_than_its_newest_rows(monkeypatch: pytest.MonkeyPatch) -> None:

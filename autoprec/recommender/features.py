@@ -42,6 +42,8 @@ class UnitFacts:
     edge: bool
     #: blocks of its stack; 0 outside the blocks
     blocks: int = 0
+    #: largest |weight| of a matrix over its root mean square (`weight_outliers`); None where weights were not seen
+    outlier: float | None = None
 
     @property
     def depth(self) -> float:
@@ -60,8 +62,8 @@ class UnitFacts:
         return sum(leaf.inputs * leaf.outputs for leaf in self.gemms)
 
 
-def unit_facts(profile: ModelProfile) -> dict[str, UnitFacts]:
-    """Return the facts of each unit by name."""
+def unit_facts(profile: ModelProfile, outliers: Mapping[str, float] | None = None) -> dict[str, UnitFacts]:
+    """Return the facts of each unit by name; `outliers` by unit, of those whose weights were seen."""
     leaves = {leaf.module: leaf for leaf in profile.leaves}
     places = {unit.name: _block(unit) for unit in profile.units}
     ends: dict[str, tuple[int, int]] = {}
@@ -74,7 +76,8 @@ def unit_facts(profile: ModelProfile) -> dict[str, UnitFacts]:
         own = tuple(leaves[m] for m in unit.modules if m in leaves and leaves[m].kind in _GEMMS)
         place = places[unit.name]
         count = 0 if place is None else ends[place[0]][1] + 1
-        facts[unit.name] = UnitFacts(unit, own, place, place is not None and place[1] in ends[place[0]], count)
+        edge = place is not None and place[1] in ends[place[0]]
+        facts[unit.name] = UnitFacts(unit, own, place, edge, count, (outliers or {}).get(unit.name))
     return facts
 
 

@@ -12,7 +12,7 @@ from autoprec.recommender.features import UnitFacts, bandwidth, rate_tflops
 from autoprec.recommender.gains import Gains
 from autoprec.records import DeviceProfile, Role
 
-__all__ = ["FEATURES", "limit_percent", "said", "unit_measures"]
+__all__ = ["FEATURES", "SEEN", "limit_percent", "said", "unit_measures"]
 
 #: a limit in nats as a share: language models' loss is about 2 nats a token, so 0.005 nats is the default's 0.25 %
 _USUAL_LOSS_NATS = 2.0
@@ -32,7 +32,10 @@ FEATURES = (
     "fp8_rate",
     "flop_per_byte",
     "train",
+    "log2_outlier",
 )
+#: features that only weights tell; NaN where these were not seen
+SEEN = ("log2_outlier",)
 #: {value}, {threshold} and {than} ('at most' or 'more than') are filled in; what differs from block to block is said by
 #: its threshold alone, so that equal units have equal reasons
 _WORDS = {
@@ -46,6 +49,7 @@ _WORDS = {
     "log2_narrowest": "its narrowest matmul is {than} {power:.0f} wide",
     "half_rate": "the device multiplies {value:.1f}x as fast in 16 bits as in fp32 ({than} {threshold:.1f}x)",
     "fp8_rate": "the device multiplies {value:.1f}x as fast in fp8 as in 16 bits ({than} {threshold:.1f}x)",
+    "log2_outlier": "its largest weight is {than} {power:.0f} times the usual one",
     "flop_per_byte": "{value:.0f} FLOP in 16 bits for a byte of its memory ({than} {threshold:.0f})",
 }
 _FLAGS = {
@@ -57,6 +61,8 @@ _FLAGS = {
 
 def said(feature: str, value: float, threshold: float, *, below: bool) -> str:
     """Return the answer to one question of the tree in words."""
+    if math.isnan(value):
+        return "its weights were not seen"
     if feature in _FLAGS:
         return _FLAGS[feature][not below]
     than = "at most" if below else "more than"
@@ -78,7 +84,7 @@ def unit_measures(
     limit: float,
     may_fp8: Collection[str],
 ) -> dict[str, dict[str, float]]:
-    """Return the features of units, by unit.
+    """Return the features of units, by unit; those of `SEEN` are NaN where weights were not seen.
 
     Args:
         limit: allowance in percent.
@@ -111,5 +117,6 @@ def unit_measures(
             "head": float(fact.unit.role is Role.LM_HEAD),
             "depth": fact.depth,
             "log2_narrowest": math.log2(max(1, narrow)),
+            "log2_outlier": math.log2(fact.outlier) if fact.outlier else math.nan,
         }
     return rows

@@ -92,7 +92,7 @@ def recommend(
 
     Args:
         model_or_id: a module, its profile, or a name (`demo`, a folder, a Hugging Face id), whose weights are not read;
-            a catalogued model is not fetched either.
+            a catalogued model is not fetched either. Of a module they are: how far the largest stand out.
         device: as in `probe_device`; a device that is here is probed for about a second, unless its name is given and
             `autoprec probe` measured it before.
         mode: train or infer.
@@ -112,13 +112,21 @@ def recommend(
         if value < 1:
             raise UsageError(f"{name} must be 1 or more, got {value}")
     profile, model_facts, note = _described(model_or_id)
+    outliers = _outliers(model_or_id, profile)
     known = device if isinstance(device, DeviceProfile) else _device_profile(device)
     tree = current_tree()
     planner = partial(
-        recommend_plan, profile, mode=step, seq_len=seq_len, method=way, model_facts=model_facts, tree=tree
+        recommend_plan,
+        profile,
+        mode=step,
+        seq_len=seq_len,
+        method=way,
+        model_facts=model_facts,
+        tree=tree,
+        outliers=outliers,
     )
     plan = planner(known, batch_size=batch_size, max_drop=limit)
-    facts = unit_facts(profile)
+    facts = unit_facts(profile, outliers)
     setup = setup_of(plan, batch_size, seq_len, step, method=way, device_kind=known.kind)
     memory = memory_figures(profile, plan, known, setup, model_facts)
     here = _situation(profile, known, step, batch_size * seq_len, limit, way)
@@ -179,12 +187,14 @@ def recommend_plan(
     max_drop: str | float | DropLimit = "0.25%",
     model_facts: ModelFacts | None = None,
     tree: Tree | None = None,
+    outliers: Mapping[str, float] | None = None,
 ) -> Plan:
     """Return the plan that rules of practice and the decision tree give, each unit with its reason.
 
     Args:
         model_facts: of the model's configuration; without it heads are taken to be 64 wide.
         tree: None: the one that counts here (`current_tree`). Given, this is a pure function of its arguments.
+        outliers: by unit, how far the largest weights stand out (`weight_outliers`), of those that were seen.
 
     Raises:
         ModelError: some leaf of the model is in no unit.
@@ -206,7 +216,8 @@ def recommend_plan(
         optimizer=Optimizer.ADAMW if mode is Mode.TRAIN else None,
         device_kind=device.kind,
     )
-    choices = unit_choices(profile, unit_facts(profile), model_facts, setup, base, here, tree or current_tree())
+    facts = unit_facts(profile, outliers)
+    choices = unit_choices(profile, facts, model_facts, setup, base, here, tree or current_tree())
     if way is not TrainMethod.FULL and device.kind != "cpu":  # there the base stays in fp32
         choices = {name: _as_stored(choice, profile.unit(name).role, base) for name, choice in choices.items()}
     formats = {name: choice.format for name, choice in choices.items()}
@@ -267,6 +278,14 @@ def _described(model: nn.Module | ModelProfile | str) -> tuple[ModelProfile, Mod
     from autoprec.probe.units import probe_units
 
     return probe_units(model), module_facts(model), None
+
+
+def _outliers(model: nn.Module | ModelProfile | str, profile: ModelProfile) -> dict[str, float] | None:
+    if isinstance(model, ModelProfile | str):
+        return None
+    from autoprec.probe.outliers import weight_outliers
+
+    return weight_outliers(model, profile)
 
 
 def _device_profile(device: str) -> DeviceProfile:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from autoprec.catalog import data_files
 from autoprec.errors import AutoprecError
 from autoprec.files import write_atomic
-from autoprec.recommender.measures import FEATURES
+from autoprec.recommender.measures import FEATURES, SEEN
 from autoprec.records import Role
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as CSV with a head, figures to four digits."""
     import pandas
 
-    frame = pandas.DataFrame(list(rows), columns=list(COLUMNS))
-    return str(frame.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
+    return _as_text(pandas.DataFrame(list(rows), columns=list(COLUMNS)))
 
 
 def add_rows(rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -109,11 +108,16 @@ def add_rows(rows: Sequence[Mapping[str, Any]]) -> Path:
         raise AutoprecError(f"cannot make the folder {path.parent}: {fault.strerror}") from None
     lines = as_csv(rows).splitlines()
     with contextlib.suppress(OSError, ValueError):
-        old = path.read_text(encoding="utf-8").splitlines()
-        if old and old[0] == lines[0]:
-            lines = [lines[0], *[*old[1:], *lines[1:]][-_MOST:]]
+        text = path.read_text(encoding="utf-8")
+        if text.partition("\n")[0] != lines[0]:  # of an older version: what can be used of it is kept
+            text = _as_text(_usable(str(path), text)[0])
+        lines = [lines[0], *[*text.splitlines()[1:], *lines[1:]][-_MOST:]]
     write_atomic(path, "\n".join(lines) + "\n")
     return path
+
+
+def _as_text(frame: pandas.DataFrame) -> str:
+    return str(frame.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
 
 
 def _usable(name: str, text: str) -> tuple[pandas.DataFrame, list[str]]:
@@ -126,14 +130,15 @@ def _usable(name: str, text: str) -> tuple[pandas.DataFrame, list[str]]:
     except (ValueError, pandas.errors.ParserError) as fault:
         return empty, [f"table {name} is no CSV and is not used: {str(fault).splitlines()[0]}"]
     lines = sum(1 for line in text.splitlines() if line.strip()) - 1
-    if missing := [c for c in COLUMNS if c not in rows.columns]:
+    if missing := [c for c in COLUMNS if c not in rows.columns and c not in SEEN]:
         return empty, [f"table {name} lacks column '{missing[0]}' and is not used ({lines} rows)"]
-    rows = rows[list(COLUMNS)]
+    rows = rows.assign(**{c: "" for c in SEEN if c not in rows.columns})[list(COLUMNS)]
+    unseen = {c: rows[c] == "" for c in SEEN}
     numbers = [*FEATURES, *(f"drop_{f}" for f in DROPS), "stake"]
     rows = rows.assign(**{c: pandas.to_numeric(rows[c], errors="coerce") for c in numbers})
     good = rows["label"].isin(LABELS) & rows["origin"].isin(_ORIGINS) & rows["role"].isin([str(r) for r in Role])
     for column in (*FEATURES, "stake"):
-        good &= rows[column].between(-1e12, 1e12)
+        good &= rows[column].between(-1e12, 1e12) | unseen.get(column, False)
     for column in (f"drop_{f}" for f in DROPS):
         good &= rows[column].isna() | rows[column].between(0, 1e12)
     kept = rows[good].head(_MOST)

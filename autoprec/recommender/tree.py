@@ -6,11 +6,12 @@ ten of them no more. Fitting is regularised: few leaves, each of many rows, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from autoprec.recommender.measures import FEATURES, said
+from autoprec.recommender.measures import FEATURES, SEEN, said
 from autoprec.recommender.table import DROPS
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _FLOOR = 0.01
 _MEASURED = 25.0
 #: share of a leaf's units whose drop is no more than what is counted for them
 _QUANTILE = 0.9
+#: a threshold that any value is below: the question is whether there is one
+_ANY = 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +53,17 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """A question: is the feature at most the threshold? `yes` and `no` are the indices of what follows."""
+    """A question: is the feature at most the threshold? `yes` and `no` are the indices of what follows.
+
+    `unknown` is the answer where the feature is NaN, as it is of weights that were not seen.
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     feature: str
     threshold: float
     yes: int
     no: int
+    unknown: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +81,10 @@ class Tree:
         """Return the leaf of a unit and the path to it in words."""
         node, path = self.nodes[0], dict[tuple[str, bool], str]()
         while isinstance(node, Split):
-            below = features[node.feature] <= node.threshold
+            value = features[node.feature]
+            below = node.unknown if math.isnan(value) else value <= node.threshold
             # of several questions about one feature the last says it all
-            path[node.feature, below] = said(node.feature, features[node.feature], node.threshold, below=below)
+            path[node.feature, below] = said(node.feature, value, node.threshold, below=below)
             node = self.nodes[node.yes if below else node.no]
         return node, "; ".join(path.values())
 
@@ -98,9 +106,10 @@ def fit_tree(rows: pandas.DataFrame, digest: str, notes: tuple[str, ...] = (), l
             nodes.append(
                 Split(
                     feature=FEATURES[inner.feature[index]],
-                    threshold=float(f"{inner.threshold[index]:.4g}"),
+                    threshold=float(f"{min(inner.threshold[index], _ANY):.4g}"),
                     yes=int(inner.children_left[index]),
                     no=int(inner.children_right[index]),
+                    unknown=FEATURES[inner.feature[index]] not in SEEN or bool(inner.missing_go_to_left[index]),
                 )
             )
         else:

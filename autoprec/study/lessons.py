@@ -8,6 +8,7 @@ from autoprec.errors import AutoprecError
 from autoprec.formats import Format
 from autoprec.predict.setup import Optimizer, Setup
 from autoprec.probe.described import module_facts
+from autoprec.probe.outliers import weight_outliers
 from autoprec.quantities import DropLimit
 from autoprec.recommender.advice import Situation, base_choice, tf32_choice
 from autoprec.recommender.features import unit_facts
@@ -46,7 +47,7 @@ def learn(course: Course, assignment: Mapping[str, Format]) -> str:
     half = base_choice(here).format
     if half is Format.FP32:
         return "nothing for the recommender to learn: no low format is native here"
-    facts = unit_facts(profile)
+    facts = unit_facts(profile, weight_outliers(workload.model, profile))
     fp8 = device.supports(Format.FP8) is Support.NATIVE
     found = gains(
         profile,
