@@ -266,11 +266,12 @@ def test_how_far_weights_stand_out_is_asked_of_weights_that_were_seen() -> None:
 
 
 def test_outliers_are_those_of_the_weights_that_are_here() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    flat, spiked = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
     with torch.no_grad():
-        for layer in (model[0], model[2]):
+        for layer in (flat, spiked):
             layer.weight.fill_(0.5)
-        model[2].weight[3, 5] = 32.0
+        spiked.weight[3, 5] = 32.0
+    model = torch.nn.Sequential(flat, torch.nn.ReLU(), spiked)
     profile = probe_units(model)
     assert list(weight_outliers(model, profile).values()) == [pytest.approx(32 / ((4095 * 0.25 + 1024) / 4096) ** 0.5)]
     seen = recommend(model, "h100-sxm").plan

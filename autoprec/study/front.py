@@ -145,7 +145,8 @@ def predicted_front(
         border_ms: cost of a cast where two neighbours differ; or for each pair of neighbours a cost by formats
             (of the earlier, of the later), 0 where it is not named.
         memory: keep what is better in memory alone, too.
-        max_states: partial assignments kept for one format of the last unit; None: what a second allows.
+        max_states: partial assignments kept for one format of the last unit; None: what a second allows; 0: none, which
+            leaves the hull of the front.
 
     Raises:
         StudyError: no unit, a unit without choices, a figure that is not finite, or units tied without a common format.
@@ -153,7 +154,8 @@ def predicted_front(
     units = tuple(units)
     _check(units)
     chain = Chain(units, border_ms)
-    picks, exact = chain.states(memory, max_states)
+    none = np.empty((0, len(units)), dtype=np.intp), False
+    picks, exact = none if max_states == 0 else chain.states(memory, max_states)
     hull = None if exact else chain.relaxed()
     if hull is not None:
         picks = np.concatenate([picks, hull.corners])

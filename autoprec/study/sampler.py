@@ -37,10 +37,9 @@ Picks = npt.NDArray[np.int8]
 
 #: trials that a belief is built from at most: the front's, and the latest
 _MOST_TRIALS = 200
-#: partial assignments kept for each state: what a front of 200 units takes stays under 0.2 s
-_STATES = 48
-#: units up to which a second front, of one draw of the belief, is looked at as well
-_FEW_UNITS = 64
+#: units up to which the front is looked at, with so many partial assignments kept for each state, and a second one of
+#: a draw of the belief; of more units the hull, whose corners are then as many as trials
+_FEW_UNITS, _STATES = 64, 48
 #: assignments next to the fronts that are looked at where the fronts have nothing left
 _NEIGHBOURS = 512
 #: gains below this share of the hypervolume had are not worth a trial; learning is
@@ -304,12 +303,12 @@ class FrontSampler(BaseSampler):
 
     def _fronts(self, drop: Posterior, time: Posterior) -> Picks:
         """Return the points of the front of what is believed, and of one draw of it."""
-        draws = [(drop.mean, time.mean[1:])]
+        draws, states = [(drop.mean, time.mean[1:])], 0
         if len(self._names.formats) <= _FEW_UNITS:
             draws.append((drop.draw(self._generator), time.draw(self._generator)[1:]))
+            states = _STATES
         found = [
-            predicted_front(self._names.chain(*draw), border_ms=self._border, max_states=_STATES).picks
-            for draw in draws
+            predicted_front(self._names.chain(*draw), border_ms=self._border, max_states=states).picks for draw in draws
         ]
         return distinct(np.concatenate(found))
 
