@@ -16,8 +16,8 @@ __all__ = ["weight_outliers"]
 def weight_outliers(model: nn.Module, profile: ModelProfile) -> dict[str, float]:
     """Return by unit the largest |weight| of a matrix over the root mean square of that matrix, the most of any.
 
-    Left out are units without a matrix, and those with one that tells nothing: on the meta device, stored in 8 bits or
-    fewer, or all zero. Every weight is read twice.
+    Left out are units without a matrix, and those with one that tells nothing: on the meta device, packed, sharded,
+    stored in 8 bits or fewer, or all zero. Every weight is read twice.
     """
     found = {}
     for unit in profile.units:
@@ -38,7 +38,8 @@ def _outlier(weight: Tensor) -> float | None:
     import torch
     from torch.linalg import vector_norm
 
-    if weight.is_meta or not weight.dtype.is_floating_point or weight.element_size() < 2:
+    plain = type(weight) is torch.Tensor and not weight.is_meta  # packed and sharded weights are subclasses
+    if not plain or not weight.dtype.is_floating_point or weight.element_size() < 2:
         return None
     largest = vector_norm(weight, float("inf"), dtype=torch.float32)
     square = vector_norm(weight, dtype=torch.float32)
