@@ -123,6 +123,27 @@ def test_what_only_failed_trials_had_is_avoided() -> None:
     assert 1 <= failures <= 6
 
 
+def test_what_is_barred_is_never_proposed_and_learnt_from() -> None:
+    barred = {"unit 0": ["bf16"], "unit 1": ["fp8", "fp32"], "unit 4": {"fp8"}}
+    left = 2 * 3 * 3 * 2  # unit 1 has one format
+    study = study_of(FrontSampler(UNITS, DROPS, TIMES, seed=1, barred=barred))
+    low = dict.fromkeys(UNITS, "fp8")
+    known = optuna.trial.create_trial(params=low, distributions=dict(DISTRIBUTIONS), values=list(values(low)))
+    study.add_trial(known)
+    go(study, left)
+    asked = [trial.params for trial in study.trials[1:]]
+    assert all(row[name] not in formats for row in asked for name, formats in barred.items())
+    assert len({tuple(row.items()) for row in asked}) == left
+    go(study, 2)  # the space is exhausted: what may be proposed is proposed again
+    assert all(
+        row.params[name] not in formats for row in study.trials for name, formats in barred.items() if row.number
+    )
+    sampler = study.sampler
+    assert isinstance(sampler, FrontSampler)
+    cheapest = values({n: min(set(FORMATS) - set(barred.get(n, ())), key=TIMES[n].__getitem__) for n in UNITS})
+    assert sampler.least_time(study, 1.0) == pytest.approx(cheapest[1], rel=0.01)
+
+
 def test_trials_of_another_model_are_said_and_left_out() -> None:
     study = study_of(FrontSampler(UNITS, DROPS, TIMES))
     study.add_trial(
@@ -150,6 +171,8 @@ def test_a_study_of_one_objective_is_sampled_at_random() -> None:
         ({"units": UNITS, "time_prior": {"unit 1": {"bf16": -1.0}}}, "is -1.0; it is 0 or more"),
         ({"units": UNITS, "corner": (1e-12, 1.0)}, "holds no points"),
         ({"units": UNITS, "drop_floor": 0.0}, "drop_floor is 0.0"),
+        ({"units": UNITS, "barred": {"unit 9": ["fp8"]}}, "barred names unit 'unit 9', which is not there"),
+        ({"units": UNITS, "barred": {"unit 1": FORMATS}}, "all formats of unit 'unit 1' are barred"),
     ],
 )
 def test_bad_input_is_said(options: dict[str, object], message: str) -> None:

@@ -314,6 +314,30 @@ def test_where_only_fp32_is_native_there_is_nothing_to_choose_and_the_search_say
     assert not any(m.barred for m in result.baselines)  # the reason of what never ended is why it was stopped
 
 
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_a_unit_near_the_end_of_fp16s_range_is_kept_from_it(tmp_path: Path, mode: str) -> None:
+    work, out = workload(mode), tmp_path / "run"
+    model: Any = work.model
+    with torch.no_grad():  # activations of 22,000: finite in fp16 here, and above an eighth of what it holds
+        model.transformer.h[0].mlp.c_fc.weight.mul_(5e4)
+        model.transformer.h[0].mlp.c_proj.weight.div_(5e4)
+    result = search(work, budget=300, trials=12, out=out, device="t4")
+    fp16 = next(m for m in result.baselines if m.name == "uniform fp16")
+    assert fp16.drop is not None and fp16.step_ms is not None
+    assert fp16.barred and "not to be chosen: fp16 in blocks.0.ffn, where |activations| are above" in str(fp16.reason)
+    assert not any(m.barred for m in result.baselines if m.name == "uniform fp32")
+    assert [(r.unit, r.format) for r in result.removed if "|activations|" in r.reason] == [
+        ("blocks.0.ffn", Format.FP16)
+    ]
+    proposed = [row for row in table(out) if row["trial"].isdigit() and row["state"] == "COMPLETE"]
+    asked = [row for row in proposed if "not to be chosen" not in row["reason"]]
+    assert {row["blocks.0.ffn"] for row in asked} == {"fp32"} and "fp16" in {row["blocks.1.ffn"] for row in asked}
+    assert len(proposed) - len(asked) <= 1  # the recommended plan, which is asked for and not chosen
+    assert all(m.assignment["blocks.0.ffn"] is not Format.FP16 for m in result.front)
+    again = search(work, budget=300, trials=14, out=out, device="t4", resume=True)
+    assert all(m.assignment["blocks.0.ffn"] is not Format.FP16 for m in again.front)
+
+
 def stopped(request: Request) -> Measurement:
     return Measurement(name=request.name, assignment=request.plan.assignment, reason="stopped after its first step")
 

@@ -238,12 +238,6 @@ def vetoes_of(
                 batch = tally.lost[unit.name, choice]
                 found.append(Removal(unit.name, choice, f"its result is not finite in {choice} (batch {batch})"))
             elif choice is Format.FP16 and largest > FP16.max / _FP16_ROOM:
-                found.append(
-                    Removal(
-                        unit.name,
-                        choice,
-                        f"largest |activation| {largest:.0f} is above {FP16.max:.0f} / {_FP16_ROOM}: other data would "
-                        "overflow fp16",
-                    )
-                )
+                above = f"|activations| are above {FP16.max:.0f} / {_FP16_ROOM}: other data would overflow fp16"
+                found.append(Removal(unit.name, choice, above))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -25,15 +26,18 @@ from autoprec.records import (
     DeviceProfile,
     Measurement,
     Progress,
+    Removal,
     SearchSetting,
     SensitivityProfile,
     SpeedProfile,
     Standing,
     TrainingConfirmation,
 )
+from autoprec.report.grouping import few
 from autoprec.study.baselines import Baseline
 from autoprec.study.budget import Budget
 from autoprec.study.folder import RunFolder
+from autoprec.study.front import feasible
 from autoprec.study.knowledge import sensitivity_of, speed_of
 from autoprec.study.ledger import Ledger
 from autoprec.study.measuring import Outcome
@@ -41,7 +45,7 @@ from autoprec.study.opening import open_ledger
 from autoprec.study.outcome import standing_of
 from autoprec.study.protocol import Hopeless
 from autoprec.study.sampler import FrontSampler
-from autoprec.study.space import SearchSpace, describe
+from autoprec.study.space import SearchSpace, describe, vetoed
 from autoprec.study.worker import Worker
 
 __all__ = ["Candidates", "Course", "News"]
@@ -99,6 +103,8 @@ class Course:
     workers: tuple[Worker, ...] = ()
     notes: list[str] = field(default_factory=list)
     known: SensitivityProfile | None = None
+    #: what the probe keeps units from: it is not proposed, and what has it is not chosen
+    vetoes: tuple[Removal, ...] = ()
     speed: SpeedProfile | None = None
     confirmed: tuple[Confirmed, ...] = ()
     #: finalists trained beside FP32
@@ -177,6 +183,7 @@ class Course:
         )
         if self.known:
             self.scale = self.known.scale
+            self.vetoes = vetoed(self.space, self.known.vetoes)
         slow = None
         if self.forecast is None:
             self.news("probe", "what each unit takes")
@@ -216,6 +223,19 @@ class Course:
         return {d.name: CategoricalDistribution([str(f) for f in d.formats]) for d in self.space.decisions}
 
     @property
+    def barred(self) -> dict[str, set[Format]]:
+        """The formats that decisions are kept from by the probe's vetoes."""
+        bars = {(veto.unit, veto.format) for veto in self.vetoes}
+        found = {d.name: {f for f in d.formats if any((u, f) in bars for u in d.units)} for d in self.space.decisions}
+        return {name: formats for name, formats in found.items() if formats}
+
+    @property
+    def size(self) -> int:
+        """Number of assignments that may be chosen."""
+        barred = self.barred
+        return math.prod(len(set(d.formats) - barred.get(d.name, set())) for d in self.space.decisions)
+
+    @property
     def worker(self) -> Worker | None:
         """The worker of what is not a trial; None where this process measures."""
         return self.workers[0] if self.workers else None
@@ -227,7 +247,8 @@ class Course:
 
     def bound(self) -> dict[str, float] | None:
         """Return the time that no plan within the limit beats, as predicted, beside the fastest measured."""
-        times = [m.step_ms for m in self.measured() if m.step_ms and m.drop is not None and m.drop <= self.limit_value]
+        usable = [m for m in self.measured() if feasible(m)]
+        times = [m.step_ms for m in usable if m.step_ms and m.drop is not None and m.drop <= self.limit_value]
         if self.sampler is None or not times:
             return None
         least = self.ledger.least_time(self.sampler, self.limit_value)
@@ -267,11 +288,21 @@ class Course:
         self.faults = self.faults + 1 if outcome.fault else 0
         if waited := self.folder.patience.taken():  # as the one before was written
             found = replace(found, reason="; ".join(filter(None, (found.reason, *waited))))
+        found = self._held_to_vetoes(found)
         self.evaluations += 1
         if found.drop is not None:
             self.budget.learn(outcome.seconds)
         self.ledger.spend(self.budget.elapsed, self.evaluations)
         return found
+
+    def _held_to_vetoes(self, found: Measurement) -> Measurement:
+        """Return a measurement barred where units have what the probe keeps them from, as baselines may."""
+        against = [veto for veto in self.vetoes if found.assignment.get(veto.unit) is veto.format]
+        if not against or found.step_ms is None:
+            return found
+        first = against[0]
+        why = f"not to be chosen: {first.format} in {few([v.unit for v in against])}, where {first.reason}"
+        return replace(found, barred=True, reason="; ".join(filter(None, (found.reason, why))))
 
     def _hopeless(self) -> Hopeless:
         """Return what says whether a plan's drops are above the limit, whatever is still to come."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -44,17 +44,19 @@ class Names:
     """Units and their formats in one order; a part is a pair of both, flat [P]; `costly` are parts that add anything.
 
     FP32 is what others are counted from: it drops nothing, and its time is in the constant. Of a unit without it, every
-    format adds to the constant.
+    format adds to the constant. `free` are the indices of the formats that a unit may be given.
     """
 
     formats: Mapping[str, tuple[Format, ...]]
+    free: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, units: Mapping[str, Sequence[str]]) -> Names:
-        """Check and take over the units.
+    def of(cls, units: Mapping[str, Sequence[str]], barred: Mapping[str, Collection[str]]) -> Names:
+        """Check and take over the units, and of some the formats that they are not to be given.
 
         Raises:
-            StudyError: no units, a unit without formats or with one twice, or an unknown format.
+            StudyError: no units, a unit without formats or with one twice, all of its formats barred, a bar of a unit
+                that is not there, or an unknown format.
         """
         if not units:
             raise StudyError("a sampler needs units to choose formats for; none were given")
@@ -67,7 +69,12 @@ class Names:
             if not own or len(set(own)) < len(own):
                 raise StudyError(f"unit '{name}' takes {list(map(str, formats))}; give each unit one or more formats")
             found[name] = own
-        return cls(found)
+        if strange := [name for name in barred if name not in found]:
+            raise StudyError(f"barred names unit '{strange[0]}', which is not there{closest(strange[0], found)}")
+        free = {n: tuple(k for k, f in enumerate(fs) if f not in barred.get(n, ())) for n, fs in found.items()}
+        if nothing := [name for name, left in free.items() if not left]:
+            raise StudyError(f"all formats of unit '{nothing[0]}' are barred; leave it one")
+        return cls(found, free)
 
     @cached_property
     def parts(self) -> list[tuple[str, Format]]:
@@ -102,16 +109,29 @@ class Names:
         return rows
 
     def chain(self, log_drops: Array, times: Array) -> list[ChainUnit]:
-        """Return the units with believed drops and times of the costly parts; times are made not negative."""
+        """Return the units with what they may choose from, by drops and times of the costly parts.
+
+        Times are made not negative.
+        """
         drop, time = np.zeros(len(self.parts)), np.zeros(len(self.parts))
         drop[self.costly], time[self.costly] = np.exp(log_drops), times
         units, at = [], 0
         for name, formats in self.formats.items():
-            own = slice(at, at := at + len(formats))
+            own = [at + k for k in self.free[name]]
+            at += len(formats)
             least = float(time[own].min())
-            choices = zip(formats, drop[own].tolist(), (time[own] - least).tolist(), strict=True)
+            chosen = (formats[k] for k in self.free[name])
+            choices = zip(chosen, drop[own].tolist(), (time[own] - least).tolist(), strict=True)
             units.append(ChainUnit(name, tuple(Choice(f, d, t) for f, d, t in choices)))
         return units
+
+    def of_chain(self, picks: Picks) -> Picks:
+        """Return picks [N, units] among what may be chosen as picks among all formats."""
+        table = np.zeros((len(self.free), max(map(len, self.free.values()))), dtype=np.int8)
+        for row, free in zip(table, self.free.values(), strict=True):
+            row[: len(free)] = free
+        found: Picks = table[np.arange(len(table)), picks]
+        return found
 
 
 def drop_belief(names: Names, prior: Prior, floor: float) -> Belief:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,12 +89,14 @@ class FrontSampler(BaseSampler):
         drop_floor: drops below it count as it.
         corner: (drop, time) up to which points count; None: the worst values seen.
         seed: of what is drawn.
+        barred: by unit, formats that are never proposed; trials that have them are learnt from.
 
     Parameters that are no units, and studies of other objectives, are sampled at random. Not promised: that drops add
     up, which the sampler takes for granted up to a noise that it learns.
 
     Raises:
-        StudyError: a unit without formats, a prior of a unit or format that is not there, or a corner below the floor.
+        StudyError: a unit without formats or with all of them barred, a prior or bar of a unit or format that is not
+            there, or a corner below the floor.
     """
 
     def __init__(
@@ -107,8 +109,9 @@ class FrontSampler(BaseSampler):
         drop_floor: float = 1e-9,
         corner: tuple[float, float] | None = None,
         seed: int = 0,
+        barred: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        self._names = Names.of(units)
+        self._names = Names.of(units, barred or {})
         self._log, self._floor = log_drop, drop_floor
         if not drop_floor > 0:
             raise StudyError(f"drop_floor is {drop_floor}; it is a drop below which none matters, such as 1e-9")
@@ -177,7 +180,7 @@ class FrontSampler(BaseSampler):
         if not len(front):
             return math.inf
         # a chain counts times from each unit's least: what that leaves out is the same for all assignments
-        first = front.picks[:1]
+        first = self._names.of_chain(front.picks[:1])
         offset = float(self._predict(first, level, time)[0][0, 1]) - float(front.time_ms[0])
         return front.least_ms(drop) + offset
 
@@ -310,7 +313,7 @@ class FrontSampler(BaseSampler):
         found = [
             predicted_front(self._names.chain(*draw), border_ms=self._border, max_states=states).picks for draw in draws
         ]
-        return distinct(np.concatenate(found))
+        return self._names.of_chain(distinct(np.concatenate(found)))
 
     def _gains(self, candidates: Picks, seen: _Seen, drop: Posterior, time: Posterior) -> Array:
         """Return the expected gains of hypervolume as shares of what the corner allows."""
@@ -358,8 +361,8 @@ class FrontSampler(BaseSampler):
         if len(seen.values):
             best = front_of(seen.values)
             on = (seen.values[:, None] == best[None]).all(axis=2).any(axis=1)
-            base = np.concatenate([base, seen.measured[on]])
-        pairs = [(i, k) for i, formats in enumerate(self._names.formats.values()) for k in range(len(formats))]
+            base = np.concatenate([base, self._allowed(seen.measured[on])])
+        pairs = [(i, k) for i, free in enumerate(self._names.free.values()) for k in free]
         every = len(base) * len(pairs)
         chosen = self._generator.choice(every, min(every, _NEIGHBOURS), replace=False)
         found = base[chosen // len(pairs)].copy()
@@ -379,16 +382,25 @@ class FrontSampler(BaseSampler):
             if picks.tobytes() not in keys:
                 random: list[int] = picks.tolist()
                 return random
-        if not len(seen.measured):
+        again = self._allowed(seen.measured)
+        if not len(again):
             first: list[int] = next(self._random_picks()).tolist()
             return first
-        again: list[int] = seen.measured[int(np.argmax(self._doubt(seen.measured, drop, time)))].tolist()
-        return again
+        least_known: list[int] = again[int(np.argmax(self._doubt(again, drop, time)))].tolist()
+        return least_known
+
+    def _allowed(self, picks: Picks) -> Picks:
+        """Return the picks that have nothing barred."""
+        good = np.ones(len(picks), dtype=bool)
+        for column, free in zip(picks.T, self._names.free.values(), strict=True):
+            good &= np.isin(column, free)
+        left: Picks = picks[good]
+        return left
 
     def _random_picks(self) -> Iterator[Picks]:
-        sizes = [len(formats) for formats in self._names.formats.values()]
+        sizes = [len(free) for free in self._names.free.values()]
         if math.prod(sizes) <= _TRIES:
-            yield from np.array(list(np.ndindex(*sizes)), dtype=np.int8)
+            yield from self._names.of_chain(np.array(list(np.ndindex(*sizes)), dtype=np.int8))
         else:
             for _ in range(_TRIES):
-                yield self._generator.integers(sizes).astype(np.int8)
+                yield self._names.of_chain(self._generator.integers(sizes).astype(np.int8)[None])[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +22,7 @@ from autoprec.plan import Plan
 from autoprec.records import DeviceProfile, ModelProfile, Removal, Role, Support, Unit
 from autoprec.runtime.fp8 import fp8_misaligned
 
-__all__ = ["Decision", "Grouping", "SearchSpace", "build_space", "describe", "fp8_fault", "split_units"]
+__all__ = ["Decision", "Grouping", "SearchSpace", "build_space", "describe", "fp8_fault", "split_units", "vetoed"]
 
 
 class Grouping(StrEnum):
@@ -209,6 +209,19 @@ def split_units(profile: ModelProfile) -> ModelProfile:
         else:
             units.append(unit)
     return dataclasses.replace(profile, units=tuple(units))
+
+
+def vetoed(space: SearchSpace, vetoes: Iterable[Removal]) -> tuple[Removal, ...]:
+    """Return the vetoes that hold in a space: not those that would leave a decision, as one that is pinned, nothing."""
+    found = []
+    by_unit: dict[str, list[Removal]] = {}
+    for veto in vetoes:
+        by_unit.setdefault(veto.unit, []).append(veto)
+    for decision in space.decisions:
+        own = [veto for unit in decision.units for veto in by_unit.get(unit, ()) if veto.format in decision.formats]
+        if set(decision.formats) - {veto.format for veto in own}:
+            found += own
+    return tuple(found)
 
 
 def describe(space: SearchSpace) -> dict[str, Any]:

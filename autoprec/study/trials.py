@@ -54,8 +54,8 @@ def _search(course: Course, trials: int | None, crew: Crew[_Key, Outcome]) -> No
         done = sum(row.trial is not None for row in course.ledger.rows)
         wanted = trials is None or done + len(going) + len(away) < trials
         if crew.free and wanted and not over and course.budget.has_time(course.reserve_seconds):
-            if stale >= _STALE or len({*seen, *going, *away}) >= course.space.size:
-                course.news("search", f"the space of {course.space.size} assignments is seen")
+            if stale >= _STALE or len({*_usable(seen), *going, *away}) >= course.size:
+                course.news("search", f"the space of {course.size} assignments is seen")
                 over = True
                 continue
             trial = course.ledger.ask(course.distributions)
@@ -98,7 +98,7 @@ def _search(course: Course, trials: int | None, crew: Crew[_Key, Outcome]) -> No
 def _seconds_left(course: Course, trials: int | None, workers: int) -> float:
     """Return how long the search goes on with all that comes after it; with nothing left to gain it ends before."""
     done = sum(row.trial is not None for row in course.ledger.rows)
-    ahead = min(course.space.size - len(_seen(course)), sys.maxsize if trials is None else max(0, trials - done))
+    ahead = min(course.size - len(_usable(_seen(course))), sys.maxsize if trials is None else max(0, trials - done))
     measuring = ahead * course.budget.each_seconds / workers
     return min(course.budget.left, measuring + course.confirm_seconds + training_ahead(course))
 
@@ -137,6 +137,7 @@ def _new_sampler(course: Course) -> FrontSampler:
         corner=(_CORNER * limit, reference.step_ms),
         # the same seed again would draw what was drawn already
         seed=course.seed + len(course.ledger.rows),
+        barred=course.barred,
     )
 
 
@@ -148,6 +149,11 @@ def _seen(course: Course) -> dict[_Key, Measurement]:
         for row in course.ledger.rows
         if (row.trial is not None and not row.gone) or row.measurement.name in inside
     }
+
+
+def _usable(seen: Mapping[_Key, Measurement]) -> set[_Key]:
+    """Return what was seen and may be chosen."""
+    return {key for key, found in seen.items() if not found.barred}
 
 
 def _elsewhere(course: Course) -> dict[_Key, int]:
