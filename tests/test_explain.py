@@ -6,7 +6,7 @@ import pytest
 import samples
 
 from autoprec.formats import Format
-from autoprec.records import Estimate, Origin
+from autoprec.records import Estimate, Origin, Removal
 from autoprec.study.explain import explain
 from autoprec.study.sampler import Believed
 from autoprec.study.space import Decision, SearchSpace
@@ -60,3 +60,11 @@ def test_the_reason_says_what_another_format_would_do() -> None:
 
 def test_a_plan_outside_of_the_space_is_not_explained() -> None:
     assert explain(SPACE, {"a": FP8, "b": FP8, "c": FP32}, BELIEVED, None, limit=1e-3, step_ms=10.0) == ()
+
+
+def test_a_format_that_is_vetoed_is_no_step() -> None:
+    veto = Removal("a", FP8, "its result is not finite in fp8 (batch 1)")
+    chosen = {"a": BF16, "b": BF16, "c": FP32}
+    a, *_ = explain(SPACE, chosen, BELIEVED, None, limit=1e-3, step_ms=10.0, vetoes=[veto])
+    assert a.narrower is None
+    assert a.reason.endswith("; never fp8: its result is not finite in fp8 (batch 1)")

@@ -151,6 +151,7 @@ def _explained(course: Course, best: Measurement | None, clock: float) -> tuple[
         limit=course.limit_value,
         step_ms=best.step_ms,
         drop_unit=course.drop_unit,
+        vetoes=course.vetoes,
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from autoprec.formats import Format
 from autoprec.quantities import number
-from autoprec.records import Estimate, Explained, Origin, SensitivityProfile, Step
+from autoprec.records import Estimate, Explained, Origin, Removal, SensitivityProfile, Step
 from autoprec.study.sampler import Believed
 from autoprec.study.space import SearchSpace
 
@@ -25,6 +25,7 @@ def explain(
     limit: float,
     step_ms: float,
     drop_unit: str = "nats",
+    vetoes: Sequence[Removal] = (),
 ) -> tuple[Explained, ...]:
     """Return one row a decision of the space, in its order; empty where the space does not hold the assignment.
 
@@ -32,6 +33,7 @@ def explain(
         believed: drops and times of decisions by format, learnt from all trials.
         known: what the probe said before.
         limit: of the drop; step_ms: of the plan.
+        vetoes: formats that units are kept from, which are no wider or narrower step.
     """
     choices = space.choices(assignment)
     if choices is None:
@@ -44,7 +46,8 @@ def explain(
     for decision in space.decisions:
         name, choice = decision.name, now[decision.name]
         steps = {f: _step(believed[name], choice, f) for f in decision.formats}
-        order = sorted(decision.formats, key=list(Format).index)
+        barred = {v.format: v.reason for v in vetoes if v.unit in decision.units and v.format is not choice}
+        order = sorted(set(decision.formats) - barred.keys(), key=list(Format).index)
         at = order.index(choice)
         wider = steps[order[at - 1]] if at > 0 else None
         narrower = steps[order[at + 1]] if at + 1 < len(order) else None
@@ -59,7 +62,12 @@ def explain(
                 time_share=max(saved[name], 0.0) / gain if gain > 0 else 0.0,
                 wider=wider,
                 narrower=narrower,
-                reason=_reason(choice, wider, narrower, total, limit, _NOTHING * step_ms, drop_unit),
+                reason="; ".join(
+                    [
+                        _reason(choice, wider, narrower, total, limit, _NOTHING * step_ms, drop_unit),
+                        *(f"never {f}: {why}" for f, why in barred.items()),
+                    ]
+                ),
             )
         )
     return tuple(found)
