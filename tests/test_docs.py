@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from autoprec.cli import search
+from autoprec.cli.main import main
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCKS = [
@@ -36,7 +37,8 @@ OBJECTS = [one for text in re.findall(r"```yaml\n(.*?)```", MACHINES, re.DOTALL)
 def assert_searches(words: list[str]) -> None:
     """Assert that `autoprec search` takes these options, and that each search has a place of its own to join from."""
     assert words[:2] == ["autoprec", "search"]
-    given = search.command.make_context("search", words[2:]).params
+    parent = main.make_context("autoprec", words[1:])  # without it the command would keep other names of its --help
+    given = search.command.make_context("search", words[2:], parent=parent).params
     assert given["storage"].startswith("postgresql://") and given["resume"] and given["out"] and given["model"]
 
 
