@@ -97,6 +97,8 @@ class Course:
     training_seconds: float
     #: digest of the model's weights
     weights: str
+    #: by unit, how far the largest of its weights stand out
+    outliers: Mapping[str, float] = field(default_factory=dict)
     #: where the device is not here: drops are emulated, times and memory predicted
     forecast: Forecast | None = None
     #: where measurements run, the first of them what is not a trial; none: in this process

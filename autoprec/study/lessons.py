@@ -8,7 +8,6 @@ from autoprec.errors import AutoprecError
 from autoprec.formats import Format
 from autoprec.predict.setup import Optimizer, Setup
 from autoprec.probe.described import module_facts
-from autoprec.probe.outliers import weight_outliers
 from autoprec.quantities import DropLimit
 from autoprec.recommender.advice import Situation, base_choice, tf32_choice
 from autoprec.recommender.features import unit_facts
@@ -47,7 +46,7 @@ def learn(course: Course, assignment: Mapping[str, Format]) -> str:
     half = base_choice(here).format
     if half is Format.FP32:
         return "nothing for the recommender to learn: no low format is native here"
-    facts = unit_facts(profile, weight_outliers(workload.model, profile))
+    facts = unit_facts(profile, course.outliers)
     fp8 = device.supports(Format.FP8) is Support.NATIVE
     found = gains(
         profile,

@@ -20,6 +20,7 @@ from autoprec.errors import MeasurementError, StudyError
 from autoprec.formats import Format
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.device import probe_device
+from autoprec.probe.outliers import weight_outliers
 from autoprec.probe.steps import device_of
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
@@ -143,6 +144,7 @@ def _prepare(
     whole, (workload, unseen) = workload, split(workload)
     tell(Progress(stage="probe", message="probing the device and the model's units", elapsed_seconds=budget.elapsed))
     weights, profile = weights_digest(workload.model), probe_units(workload.model, model_id=workload.model_id)
+    outliers = weight_outliers(workload.model, profile)
     here, workers, notes = _settle(workers, whole, workload, away, weights, tell)
     worker = workers[0] if workers else None
     if away is not None:
@@ -155,7 +157,9 @@ def _prepare(
     forecast = None if away is None else forecast_of(workload, profile, away)
     plans = Candidates(
         baselines=tuple(baselines(built.profile, device, workload.mode)),
-        recommended=recommend_plan(profile, device, mode=workload.mode, batch_size=rows, seq_len=length),
+        recommended=recommend_plan(
+            profile, device, mode=workload.mode, batch_size=rows, seq_len=length, outliers=outliers
+        ),
     )
     look = worker.first_look() if worker else first_look(workload)
     count = sum(b.plan is not None for b in plans.baselines) + 1
@@ -191,6 +195,7 @@ def _prepare(
         forecast=forecast,
         workers=workers,
         weights=weights,
+        outliers=outliers,
         notes=notes if forecast is None else [*notes, *_assumptions(forecast, here)],
     )
 
