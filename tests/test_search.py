@@ -465,6 +465,7 @@ def test_a_finished_search_teaches_the_recommender_unless_told_not_to(
     result = search(workload(), budget=300, trials=1, out=tmp_path / "second", progress=news.append)
     rows = list(csv.DictReader(user_table().read_text().splitlines()))
     # two blocks of two units and the head: those the tree is asked about
+    assert all(float(row["log2_outlier"]) > 0 for row in rows)  # weights were here to be looked at
     assert len(rows) == 5 and f"5 units added to {user_table()}" in news[-2].message
     assert {row["role"] for row in rows} == {"attention", "ffn", "lm_head"}
     assert {row["origin"] for row in rows} == {"search"} and {row["group"] for row in rows} == {""}

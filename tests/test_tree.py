@@ -278,16 +278,15 @@ def test_outliers_are_those_of_the_weights_that_are_here() -> None:
     assert list(weight_outliers(model, profile).values()) == [pytest.approx(32 / ((4095 * 0.25 + 1024) / 4096) ** 0.5)]
     seen = recommend(model, "h100-sxm").plan
     assert seen.assignment.keys() == recommend(profile, "h100-sxm").plan.assignment.keys()
-    compiled = torch.compile(model)
-    assert weight_outliers(compiled, probe_units(compiled)) == weight_outliers(model, profile)  # type: ignore[arg-type]
     assert weight_outliers(model.to("meta"), profile) == {}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_outliers_of_a_model_with_adapters() -> None:
     peft: Any = pytest.importorskip("peft")
     model = tiny_models.gpt2(vocab_size=64, n_embd=32, n_layer=2)
     plain = weight_outliers(model, probe_units(model))
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"]))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))
     found = weight_outliers(adapted, probe_units(adapted))
     assert found.keys() == plain.keys() and all(found[name] >= plain[name] for name in plain)
     assert recommend(adapted, "t4").plan.assignment.keys() == plain.keys()
