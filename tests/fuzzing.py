@@ -157,18 +157,26 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(inner)
 
 
+def _seconds(kind: Kind, path: Path) -> float:
+    """Read a file, which may end in our own errors alone, and return the seconds of the processor that it took."""
+    begun = time.process_time()
+    try:
+        kind.read(path)
+    except AutoprecError as error:
+        assert str(error)
+    return time.process_time() - begun
+
+
 def assert_safe(kind: Kind, content: bytes) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         inside = folder / "inside"
         inside.mkdir()
         (inside / kind.name).write_bytes(content)
-        begun = time.process_time()
-        try:
-            kind.read(inside / kind.name)
-        except AutoprecError as error:
-            assert str(error)
-        assert time.process_time() - begun < 1.0
+        seconds = _seconds(kind, inside / kind.name)
+        if seconds >= 1.0:  # imports and collections of garbage do not come twice; what the content causes does
+            seconds = _seconds(kind, inside / kind.name)
+        assert seconds < 1.0
         assert [p.name for p in folder.iterdir()] == ["inside"]
         assert {p.name for p in inside.iterdir()} <= {kind.name, "run.lock"}
     finally:
