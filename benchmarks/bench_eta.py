@@ -41,7 +41,7 @@ def ends(asked: dict[str, Any], device: str) -> dict[str, Any]:
     named = [
         (p.elapsed_seconds, (p.elapsed_seconds + p.eta_seconds) / total)
         for p in said
-        if p.stage == "search" and p.eta_seconds is not None and p.elapsed_seconds >= total / 3
+        if p.stage in ("search", "confirmation") and p.eta_seconds is not None and p.elapsed_seconds >= total / 3
     ]
     return {
         "seconds": total,

@@ -19,7 +19,7 @@ from autoprec.study.baselines import RECOMMENDED
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import Course
 from autoprec.study.explain import explain
-from autoprec.study.finalists import trained_worse
+from autoprec.study.finalists import trained_worse, training_ahead
 from autoprec.study.front import measured_front
 from autoprec.study.larger import largest_batches
 from autoprec.study.lessons import learn
@@ -42,7 +42,7 @@ def _confirm(course: Course) -> None:
         return
     rows = course.measured()
     front = measured_front(on_one_clock(rows), course.plans.names)
-    course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far", course.confirm_seconds)
+    course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far", _ahead(course))
     setting = Confirming(
         unseen=course.unseen,
         drop_unit=course.drop_unit,
@@ -63,8 +63,13 @@ def _confirm(course: Course) -> None:
 
 def _noted(course: Course, plans: Iterator[Measurement]) -> Iterator[Measurement]:
     for plan in plans:
-        course.news("confirmation", f"trying {plan.name}", course.confirm_seconds)
+        course.news("confirmation", f"trying {plan.name}", _ahead(course))
         yield plan
+
+
+def _ahead(course: Course) -> float:
+    """Return what a confirmation takes, with the training that may follow."""
+    return min(course.budget.left, course.confirm_seconds + training_ahead(course))
 
 
 def _finish(course: Course, teach: bool = False) -> SearchResult:

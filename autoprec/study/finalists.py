@@ -33,7 +33,8 @@ def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
             f"{name} was not trained: the budget's rest is too short. Train it: autoprec verify … --train-steps 200"
         )
         return None
-    course.news("confirmation", f"training {name} beside FP32, {steps} steps, {SEEDS} seeds", course.budget.left)
+    ahead = min(course.budget.left, _training_seconds(course, steps))
+    course.news("confirmation", f"training {name} beside FP32, {steps} steps, {SEEDS} seeds", ahead)
     emulate, plans = course.forecast is not None, {name: plan}
     if course.worker is None:
         found = confirm_training(workload, plans, steps=steps, seeds=SEEDS, emulate=emulate)
@@ -53,7 +54,11 @@ def training_ahead(course: Course) -> float:
     """Return what training a finalist takes where the budget leaves time enough."""
     if course.workload.mode is not Mode.TRAIN:
         return 0.0
-    return 2 * SEEDS * (_MOST * _STEP * course.forward_seconds + _ends_seconds(course))
+    return _training_seconds(course, _MOST)
+
+
+def _training_seconds(course: Course, steps: int) -> float:
+    return 2 * SEEDS * (steps * _STEP * course.forward_seconds + _ends_seconds(course))
 
 
 def _ends_seconds(course: Course) -> float:
