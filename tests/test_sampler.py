@@ -172,6 +172,10 @@ def test_a_study_of_one_objective_is_sampled_at_random() -> None:
         ({"units": UNITS, "corner": (1e-12, 1.0)}, "holds no points"),
         ({"units": UNITS, "drop_floor": 0.0}, "drop_floor is 0.0"),
         ({"units": UNITS, "barred": {"unit 9": ["fp8"]}}, "barred names unit 'unit 9', which is not there"),
+        (
+            {"units": UNITS, "barred": {"unit 1": ["fp16"]}},
+            "barred names fp16 of unit 'unit 1', which takes fp32, bf16",
+        ),
         ({"units": UNITS, "barred": {"unit 1": FORMATS}}, "all formats of unit 'unit 1' are barred"),
     ],
 )

@@ -297,9 +297,13 @@ class Course:
         self.ledger.spend(self.budget.elapsed, self.evaluations)
         return found
 
+    def against(self, assignment: Mapping[str, Format]) -> list[Removal]:
+        """Return the vetoes that an assignment does not heed."""
+        return [veto for veto in self.vetoes if assignment.get(veto.unit) == veto.format]
+
     def _held_to_vetoes(self, found: Measurement) -> Measurement:
         """Return a measurement barred where units have what the probe keeps them from, as baselines may."""
-        against = [veto for veto in self.vetoes if found.assignment.get(veto.unit) is veto.format]
+        against = self.against(found.assignment)
         if not against or found.step_ms is None:
             return found
         first = against[0]

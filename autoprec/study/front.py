@@ -154,8 +154,10 @@ def predicted_front(
     units = tuple(units)
     _check(units)
     chain = Chain(units, border_ms)
-    none = np.empty((0, len(units)), dtype=np.intp), False
-    picks, exact = none if max_states == 0 else chain.states(memory, max_states)
+    if max_states == 0:
+        picks, exact = np.empty((0, len(units)), dtype=np.intp), False
+    else:
+        picks, exact = chain.states(memory, max_states)
     hull = None if exact else chain.relaxed()
     if hull is not None:
         picks = np.concatenate([picks, hull.corners])

@@ -56,7 +56,7 @@ class Names:
 
         Raises:
             StudyError: no units, a unit without formats or with one twice, all of its formats barred, a bar of a unit
-                that is not there, or an unknown format.
+                or format that is not there, or an unknown format.
         """
         if not units:
             raise StudyError("a sampler needs units to choose formats for; none were given")
@@ -71,6 +71,9 @@ class Names:
             found[name] = own
         if strange := [name for name in barred if name not in found]:
             raise StudyError(f"barred names unit '{strange[0]}', which is not there{closest(strange[0], found)}")
+        for name, bars in barred.items():
+            if unknown := [f for f in bars if f not in found[name]]:
+                raise StudyError(f"barred names {unknown[0]} of unit '{name}', which takes {', '.join(found[name])}")
         free = {n: tuple(k for k, f in enumerate(fs) if f not in barred.get(n, ())) for n, fs in found.items()}
         if nothing := [name for name, left in free.items() if not left]:
             raise StudyError(f"all formats of unit '{nothing[0]}' are barred; leave it one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TypeAlias
 
@@ -54,7 +54,7 @@ def _search(course: Course, trials: int | None, crew: Crew[_Key, Outcome]) -> No
         done = sum(row.trial is not None for row in course.ledger.rows)
         wanted = trials is None or done + len(going) + len(away) < trials
         if crew.free and wanted and not over and course.budget.has_time(course.reserve_seconds):
-            if stale >= _STALE or len({*_usable(seen), *going, *away}) >= course.size:
+            if stale >= _STALE or _usable(course, (*seen, *going, *away)) >= course.size:
                 course.news("search", f"the space of {course.size} assignments is seen")
                 over = True
                 continue
@@ -98,7 +98,7 @@ def _search(course: Course, trials: int | None, crew: Crew[_Key, Outcome]) -> No
 def _seconds_left(course: Course, trials: int | None, workers: int) -> float:
     """Return how long the search goes on with all that comes after it; with nothing left to gain it ends before."""
     done = sum(row.trial is not None for row in course.ledger.rows)
-    ahead = min(course.size - len(_usable(_seen(course))), sys.maxsize if trials is None else max(0, trials - done))
+    ahead = min(course.size - _usable(course, _seen(course)), sys.maxsize if trials is None else max(0, trials - done))
     measuring = ahead * course.budget.each_seconds / workers
     return min(course.budget.left, measuring + course.confirm_seconds + training_ahead(course))
 
@@ -151,9 +151,10 @@ def _seen(course: Course) -> dict[_Key, Measurement]:
     }
 
 
-def _usable(seen: Mapping[_Key, Measurement]) -> set[_Key]:
-    """Return what was seen and may be chosen."""
-    return {key for key, found in seen.items() if not found.barred}
+def _usable(course: Course, keys: Iterable[_Key]) -> int:
+    """Count the assignments that heed the vetoes, as those that `course.size` counts."""
+    vetoes = {(veto.unit, str(veto.format)) for veto in course.vetoes}
+    return sum(vetoes.isdisjoint(key) for key in set(keys))
 
 
 def _elsewhere(course: Course) -> dict[_Key, int]:
