@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from autoprec.predict.blocks import Op, activation, attention, ffn, linear, norm
 from autoprec.predict.setup import Loss
 from autoprec.predict.shape import FP32_BYTES, Place, Shape
 from autoprec.records import Leaf, Role, Unit
 
-__all__ = ["operations"]
+__all__ = ["Part", "operations"]
 
 
-def operations(shape: Shape) -> Iterator[Op]:
-    """Yield the operations in the order of the forward."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The operations of one unit in the order they run, and the block that it is part of."""
+
+    unit: str
+    block: str | None
+    ops: tuple[Op, ...]
+
+
+def operations(shape: Shape) -> list[Part]:
+    """Return the operations in the order of the forward; equal units share theirs, worked out once."""
+    known: dict[object, tuple[Op, ...]] = {}
+    parts = []
     for unit in shape.profile.units:
-        place = shape.place(unit)
-        if unit.role is Role.ATTENTION:
-            yield from attention(shape, unit, place)
-        elif unit.role is Role.FFN:
-            yield from ffn(shape, unit, place)
-        elif unit.role is Role.LM_HEAD:
-            yield from _head(shape, unit, place)
-        elif unit.role in (Role.EMBEDDING, Role.CONV):
-            yield _stem(shape, unit, place)
-        else:
-            yield from _other(shape, unit, place)
+        key, place = shape.likeness(unit), shape.place(unit)
+        if key not in known:
+            known[key] = tuple(_operations(shape, unit, place))
+        parts.append(Part(place.unit, place.block, known[key]))
     if not any(unit.role is Role.LM_HEAD for unit in shape.profile.units):
-        yield norm(shape, shape.place(shape.profile.units[-1]))
+        last = parts[-1]
+        parts[-1] = replace(last, ops=(*last.ops, norm(shape, shape.place(shape.profile.units[-1]))))
+    return parts
+
+
+def _operations(shape: Shape, unit: Unit, place: Place) -> Iterator[Op]:
+    if unit.role is Role.ATTENTION:
+        yield from attention(shape, unit, place)
+    elif unit.role is Role.FFN:
+        yield from ffn(shape, unit, place)
+    elif unit.role is Role.LM_HEAD:
+        yield from _head(shape, unit, place)
+    elif unit.role in (Role.EMBEDDING, Role.CONV):
+        yield _stem(shape, unit, place)
+    else:
+        yield from _other(shape, unit, place)
 
 
 def _stem(shape: Shape, unit: Unit, place: Place) -> Op:
@@ -43,8 +62,6 @@ def _stem(shape: Shape, unit: Unit, place: Place) -> Op:
                 temporary += _added(shape) * leaf.parameters * shape.gradient_width
     embedded = shape.stream_bytes
     return Op(
-        unit=place.unit,
-        block=None,
         gradient=gradient,
         forward=2 * embedded,
         backward=embedded + temporary,
@@ -75,7 +92,7 @@ def _head(shape: Shape, unit: Unit, place: Place) -> Iterator[Op]:
     yield norm(shape, place)
     if not shape.over_vocabulary():
         kept = shape.stream_bytes if place.compute == shape.stream and shape.full else 0.0
-        yield Op(unit=place.unit, block=None, activations=kept)
+        yield Op(activations=kept)
         for leaf in shape.linears(unit):
             yield linear(shape, unit, leaf, place, shared=False, tokens=shape.setup.batch_size)
         return
@@ -101,8 +118,6 @@ def _vocabulary_head(shape: Shape, unit: Unit, leaf: Leaf, place: Place) -> Iter
     if shape.setup.loss is Loss.NARROW:  # whoever called the model holds the logits
         yield replace(head, backward_logits=low)
         yield Op(
-            unit=place.unit,
-            block=None,
             logits=low,
             forward=low,
             forward_logits=low,
@@ -115,8 +130,6 @@ def _vocabulary_head(shape: Shape, unit: Unit, leaf: Leaf, place: Place) -> Iter
     widened = 0.0 if compute == FP32_BYTES else wide
     yield replace(head, backward_logits=low)
     yield Op(
-        unit=place.unit,
-        block=None,
         logits=wide,
         forward=low + widened,
         forward_logits=low + widened,

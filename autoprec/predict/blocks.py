@@ -23,8 +23,6 @@ __all__ = ["Op", "activation", "attention", "ffn", "linear", "norm"]
 class Op:
     """One operation: bytes kept for the backward, bytes that live while it runs, and gradients it makes."""
 
-    unit: str
-    block: str | None
     activations: float = 0
     scores: float = 0
     logits: float = 0
@@ -121,8 +119,6 @@ def linear(
         temporary = matrix * compute if narrow else 0.0
     masks = tokens * leaf.outputs if residual and shape.setup.dropout and shape.full else 0.0
     return Op(
-        unit=place.unit,
-        block=place.block,
         activations=kept + masks,
         casts=0.0 if packed else cast,  # what is packed is unpacked again in the backward
         result=output_bytes,
@@ -146,8 +142,6 @@ def norm(shape: Shape, place: Place) -> Op:
     masks = elements if shape.setup.dropout and shape.full and place.block is None else 0.0
     wide = elements * FP32_BYTES
     return Op(
-        unit=place.unit,
-        block=place.block,
         activations=kept + masks,
         forward=wide + elements * shape.stream,
         backward=2 * wide + shape.stream_bytes,
@@ -174,13 +168,11 @@ def _scores(shape: Shape, place: Place, q_width: int, kv_width: int, *, joint: b
     if shape.trains_weights or not scores:  # the result: SDPA keeps it, and so does a trained output projection
         kept += tokens * q_width * place.compute
     cache = 0.0
-    if shape.setup.cache is not None and shape.decoder and "cross" not in place.unit:
+    if shape.setup.cache is not None and shape.decoder and not place.crosses:
         cache = float(tokens * 2 * kv_width * FORMAT_BYTES[shape.setup.cache])
     eager = square * (compute + FP32_BYTES) if scores else 0.0
     flow = tokens * (2 * q_width + 2 * kv_width) * compute
     return Op(
-        unit=place.unit,
-        block=place.block,
         activations=kept,
         scores=scores,
         result=tokens * (2 * q_width + 2 * kv_width) * compute + lse,
@@ -206,8 +198,6 @@ def activation(shape: Shape, place: Place, width: int, *, product: bool) -> Op:
         kept = 0.0  # ReLU keeps its result, which the next layer keeps as well
     together = 4 if written else 3 if product else 2  # intermediate results at once
     return Op(
-        unit=place.unit,
-        block=place.block,
         activations=kept,
         forward=one if shape.setup.trains else together * one + shape.frames_bytes(place),
         backward=(3 if product or written else 2) * one + shape.stream_bytes,
@@ -224,8 +214,6 @@ def _experts(shape: Shape, leaf: Leaf, place: Place) -> Iterator[Op]:
     trained = shape.trains_weights
     yield activation(shape, inner, leaf.outputs, product=True)
     yield Op(
-        unit=place.unit,
-        block=place.block,
         activations=tokens * (leaf.inputs + leaf.outputs) * place.compute if trained else 0.0,
         casts=cast,
         result=tokens * (2 * leaf.outputs + leaf.inputs) * place.compute,

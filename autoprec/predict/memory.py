@@ -8,7 +8,7 @@ from typing import Any
 from autoprec.errors import UsageError
 from autoprec.formats import Format
 from autoprec.plan import Plan
-from autoprec.predict.anatomy import operations
+from autoprec.predict.anatomy import Part, operations
 from autoprec.predict.blocks import Op
 from autoprec.predict.describing import describe
 from autoprec.predict.setup import (
@@ -148,10 +148,10 @@ def setup_of(
 def predict_memory(profile: ModelProfile, plan: Plan, setup: Setup, facts: ModelFacts | None = None) -> MemoryBreakdown:
     """Predict the highest memory of a step; a pure function of its arguments."""
     shape = Shape(profile, plan, setup, facts)
-    ops = list(operations(shape))
-    units = _units(shape, ops, setup)
+    parts = operations(shape)
+    units = _units(shape, parts, setup)
     fixed = _fixed(shape, units, setup)
-    found = moments(ops, fixed, trains=setup.trains, checkpointing=setup.checkpointing)
+    found = moments(parts, fixed, trains=setup.trains, checkpointing=setup.checkpointing)
     worst = max(found, key=lambda moment: found[moment].total_bytes)
     return MemoryBreakdown(
         model_id=profile.model_id,
@@ -191,20 +191,16 @@ def _trained(shape: Shape) -> int:
     return sum(shape.trained(unit, 0) for unit in shape.profile.units)
 
 
-def _units(shape: Shape, ops: Sequence[Op], setup: Setup) -> tuple[UnitMemory, ...]:
+def _units(shape: Shape, parts: Sequence[Part], setup: Setup) -> tuple[UnitMemory, ...]:
     """Return what each unit holds on one device, and the parameters outside units as the last row."""
     rows, placed = [], 0
-    by_unit: dict[str, list[Op]] = {}
-    for op in ops:
-        by_unit.setdefault(op.unit, []).append(op)
     states = states_of(setup.policy if shape.full else StatePolicy.FP32, setup.optimizer)
-    for unit in shape.profile.units:
+    for unit, part in zip(shape.profile.units, parts, strict=True):
         leaves = shape.own_leaves(unit)
         count = sum(leaf.parameters for leaf in leaves)
         placed += count
         stored = sum(shape.weight_bytes(leaf, leaf.parameters, unit.role) for leaf in leaves)
-        own = by_unit.get(unit.name, ())
-        rows.append(_row(unit.name, stored, shape.trained(unit, count), states, own, setup, shape.full))
+        rows.append(_row(unit.name, stored, shape.trained(unit, count), states, part.ops, setup, shape.full))
     rest = max(0, shape.profile.parameters - placed)
     stored = shape.weight_bytes(None, rest, None)
     rows.append(_row("outside units", stored, shape.trained(None, rest), states, [], setup, shape.full))

@@ -37,6 +37,11 @@ class Place:
     compute: int
     stored: int
 
+    @property
+    def crosses(self) -> bool:
+        """Whether it is attention to what an encoder has read."""
+        return "cross" in self.unit
+
 
 class Shape:
     """A model as its operations see it, under a plan and a setup."""
@@ -153,6 +158,13 @@ class Shape:
         # an FP8 unit keeps its operands in the ambient format: they are cast again in the backward
         compute = self.ambient if chosen is Format.FP8 else FORMAT_BYTES[chosen]
         return Place(unit.name, match[1] if match else None, self.setup.tokens, compute, self.stored_width())
+
+    def likeness(self, unit: Unit) -> tuple[object, ...]:
+        """Return what two units have in common whose operations are the same."""
+        leaves = [self.leaves[m] for m in unit.modules if m in self.leaves]
+        same = tuple((x.kind, x.inputs, x.outputs, x.parameters, self.fresh_parameters(x)) for x in leaves)
+        place = self.place(unit)
+        return unit.role, self.formats.get(unit.name), place.block is not None, place.crosses, same
 
     def linears(self, unit: Unit) -> list[Leaf]:
         """Return the matmul leaves of a unit in order."""

@@ -245,14 +245,11 @@ def priced_units(work: Work, pricer: Pricer) -> Iterator[tuple[str, Priced]]:
     """Yield the price of each unit, equal ones worked out once."""
     shape, known = work.shape, {}
     for unit in shape.profile.units:
-        leaves = tuple(shape.leaves[m] for m in unit.modules if m in shape.leaves)
-        same = tuple((x.kind, x.inputs, x.outputs, x.parameters, shape.fresh_parameters(x)) for x in leaves)
-        block = shape.place(unit).block is not None
-        key = (unit.role, shape.formats.get(unit.name), block, same)
+        key = shape.likeness(unit)
         if key not in known:
             kernels = list(unit_kernels(work, unit))
             known[key] = pricer.price(kernels)
-            if block and shape.setup.trains and shape.setup.checkpointing is not Checkpointing.NONE:
+            if shape.place(unit).block is not None and shape.setup.trains and shape.setup.checkpointing is not Checkpointing.NONE:
                 every = shape.setup.checkpointing is Checkpointing.FULL
                 known[key].add(pricer.again(kernels, matmuls=every))
         yield unit.name, known[key]

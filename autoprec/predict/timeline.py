@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from autoprec.predict.anatomy import Part
 from autoprec.predict.blocks import Op
 from autoprec.predict.setup import Checkpointing
 from autoprec.records import MemoryParts, Moment
@@ -35,13 +36,15 @@ class Fixed:
 
 
 def moments(
-    ops: Sequence[Op], fixed: Fixed, *, trains: bool, checkpointing: Checkpointing
+    parts: Sequence[Part], fixed: Fixed, *, trains: bool, checkpointing: Checkpointing
 ) -> dict[Moment, MemoryParts]:
-    """Return what is held at the worst point of each part of a step."""
-    spans = _spans(ops, fixed, checkpointing) if trains else ops
+    """Return what is held at the worst point of each phase of a step."""
+    ops = [op for part in parts for op in part.ops]
+    blocks = [part.block for part in parts for _ in part.ops]
+    spans = _spans(ops, blocks, fixed, checkpointing) if trains else ops
     found = {Moment.FORWARD: _highest(_forward(spans, ops, fixed, trains), fixed)}
     if trains:
-        found[Moment.BACKWARD] = _highest(_backward(spans, ops, fixed, checkpointing), fixed)
+        found[Moment.BACKWARD] = _highest(_backward(spans, ops, blocks, fixed, checkpointing), fixed)
         found[Moment.OPTIMIZER] = _parts(fixed, _Held(gradients=fixed.gradients), fixed.optimizer_temporary)
     return found
 
@@ -77,19 +80,23 @@ class _Held:
 _Point = tuple[_Held, float, float]
 
 
-def _spans(ops: Sequence[Op], fixed: Fixed, checkpointing: Checkpointing) -> list[Op]:
+#: the block of each operation, None outside blocks
+_Blocks = Sequence[str | None]
+
+
+def _spans(ops: Sequence[Op], blocks: _Blocks, fixed: Fixed, checkpointing: Checkpointing) -> list[Op]:
     """Return the operations with what they keep past their block under checkpointing."""
     if checkpointing is Checkpointing.NONE:
         return list(ops)
     spans, before = [], None
-    for op in ops:
-        if op.block is None:
+    for op, block in zip(ops, blocks, strict=True):
+        if block is None:
             spans.append(op)
         else:
-            entry = fixed.stream if op.block != before else 0.0
+            entry = fixed.stream if block != before else 0.0
             result = op.result if checkpointing is Checkpointing.SELECTIVE else 0.0
             spans.append(replace(op, activations=entry + result, scores=0.0, logits=0.0, casts=0.0))
-        before = op.block
+        before = block
     return spans
 
 
@@ -104,30 +111,33 @@ def _forward(spans: Sequence[Op], ops: Sequence[Op], fixed: Fixed, trains: bool)
         yield held, temporary, op.forward_logits
 
 
-def _backward(spans: Sequence[Op], ops: Sequence[Op], fixed: Fixed, checkpointing: Checkpointing) -> Iterator[_Point]:
+def _backward(
+    spans: Sequence[Op], ops: Sequence[Op], blocks: _Blocks, fixed: Fixed, checkpointing: Checkpointing
+) -> Iterator[_Point]:
     held = _Held(gradients=fixed.gradients if fixed.accumulates else 0.0)
     for span in spans:
         held.add(span)
-    blocks: dict[str | None, list[tuple[Op, Op]]] = {}
-    for op, span in zip(ops, spans, strict=True):
-        blocks.setdefault(op.block, []).append((op, span))
+    again = checkpointing is not Checkpointing.NONE
+    within: dict[str | None, list[tuple[Op, Op]]] = {}
+    for op, span, block in zip(ops, spans, blocks, strict=True):
+        within.setdefault(block, []).append((op, span))
     open_block: str | None = None
     for index in range(len(ops) - 1, -1, -1):
-        op, span = ops[index], spans[index]
-        if checkpointing is not Checkpointing.NONE and op.block is not None and op.block != open_block:
+        op, span, block = ops[index], spans[index], blocks[index]
+        if again and block is not None and block != open_block:
             # the block runs again: what its operations keep is there until each has had its backward
-            for again, kept in blocks[op.block]:
-                held.add(again)
+            for once_more, kept in within[block]:
+                held.add(once_more)
                 held.add(kept, -1)
             held.activations += fixed.stream
-        open_block = op.block
+        open_block = block
         fresh = 0.0 if fixed.accumulates else op.gradient * fixed.gradient_share
         held.gradients += fresh
         temporary = op.backward - op.backward_logits + (op.gradient - fresh if op.gradient else 0.0)
         yield held, temporary, op.backward_logits
-        held.add(op if checkpointing is not Checkpointing.NONE and op.block is not None else span, -1)
-        first = index == 0 or ops[index - 1].block != op.block
-        if checkpointing is not Checkpointing.NONE and op.block is not None and first:
+        held.add(op if again and block is not None else span, -1)
+        first = index == 0 or blocks[index - 1] != block
+        if again and block is not None and first:
             held.activations -= fixed.stream
 
 
