@@ -36,6 +36,7 @@ from searching import (
 from torch import Tensor
 
 from autoprec import Plan, Workload, applied, search
+from autoprec.catalog import find_device
 from autoprec.errors import StudyError
 from autoprec.files import from_json, read_json
 from autoprec.formats import Format
@@ -52,6 +53,7 @@ from autoprec.records import (
     VerdictDecision,
 )
 from autoprec.study import course
+from autoprec.study.away import predictable
 from autoprec.study.reading import read_run
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
@@ -312,6 +314,19 @@ def test_where_only_fp32_is_native_there_is_nothing_to_choose_and_the_search_say
     assert result.verdict.text.startswith("Do nothing: every plan but FP32 is far slower here, or cannot run")
     assert [m.name for m in result.front] == ["uniform fp32"]
     assert not any(m.barred for m in result.baselines)  # the reason of what never ended is why it was stopped
+
+
+def test_a_format_without_a_known_peak_is_not_searched_in(tmp_path: Path) -> None:
+    result = search(workload("infer"), budget=300, out=tmp_path / "run", device="rtx-a2000-12gb")
+    reasons = {m.name: m.reason for m in result.baselines}
+    for key in ("tf32", "bf16", "fp16"):
+        assert f"cannot run {key}: no peak in {key} is known of it" in str(reasons[f"uniform {key}"])
+    assert result.chosen is None and result.trials == 0
+    assert {r.format for r in result.removed if "no peak" in r.reason} == {Format.BF16, Format.FP16}
+    assert result.predicted_bound is None or result.predicted_bound["faster_percent"] == 0
+    plain, known = find_device("h100-nvl-94gb"), predictable(find_device("h100-nvl-94gb"))
+    assert plain.supports(Format.FP8) is Support.NATIVE and known.supports(Format.FP8) is Support.ABSENT
+    assert known.supports(Format.BF16) is Support.NATIVE and known.tf32.support is Support.ABSENT
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])

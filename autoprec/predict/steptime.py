@@ -244,14 +244,14 @@ def predict_step(
 def priced_units(work: Work, pricer: Pricer) -> Iterator[tuple[str, Priced]]:
     """Yield the price of each unit, equal ones worked out once."""
     shape, known = work.shape, {}
+    again = shape.setup.checkpointing if shape.setup.trains else Checkpointing.NONE
     for unit in shape.profile.units:
         key = shape.likeness(unit)
         if key not in known:
             kernels = list(unit_kernels(work, unit))
             known[key] = pricer.price(kernels)
-            if shape.place(unit).block is not None and shape.setup.trains and shape.setup.checkpointing is not Checkpointing.NONE:
-                every = shape.setup.checkpointing is Checkpointing.FULL
-                known[key].add(pricer.again(kernels, matmuls=every))
+            if again is not Checkpointing.NONE and shape.place(unit).block is not None:
+                known[key].add(pricer.again(kernels, matmuls=again is Checkpointing.FULL))
         yield unit.name, known[key]
 
 

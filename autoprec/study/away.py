@@ -7,7 +7,10 @@ import dataclasses
 import torch
 
 from autoprec.errors import DeviceError
+from autoprec.formats import Format
 from autoprec.plan import Plan, PlanDevice
+from autoprec.predict.card import TF32, card_of
+from autoprec.predict.coefficients import coefficients
 from autoprec.predict.forecast import Forecast
 from autoprec.probe.described import module_facts
 from autoprec.probe.device import device_name
@@ -15,9 +18,9 @@ from autoprec.probe.known import named_profile
 from autoprec.probe.steps import device_of
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
-from autoprec.records import DeviceProfile, ModelProfile
+from autoprec.records import DeviceProfile, FormatSupport, ModelProfile, Support
 
-__all__ = ["absent_device", "away", "forecast_of"]
+__all__ = ["absent_device", "away", "forecast_of", "predictable"]
 
 
 def away(workload: Workload, plan: Plan, device: str) -> tuple[Plan, Forecast | None]:
@@ -49,6 +52,25 @@ def absent_device(here: torch.device, device: str) -> DeviceProfile | None:
         f"a search measures where the model is, and this one is on {here}, not on '{device}'. Load it there, or name a "
         "GPU of the catalogue, such as h100-sxm, to have it emulated and predicted."
     )
+
+
+def predictable(device: DeviceProfile) -> DeviceProfile:
+    """Return a device without the formats in which no time can be predicted for it, since no peak is known.
+
+    FP32 stays: without it there is no reference, as `forecast_of` says.
+
+    Raises:
+        DeviceError: nothing can be predicted for the device.
+    """
+    rates = card_of(device, coefficients()).rates
+
+    def kept(key: str, known: FormatSupport) -> FormatSupport:
+        if known.support is not Support.NATIVE or key in (*rates, str(Format.FP32)):
+            return known
+        return FormatSupport(support=Support.ABSENT, reason=f"no peak in {key} is known of it to predict a time from")
+
+    formats = {choice: kept(str(choice), known) for choice, known in device.formats.items()}
+    return dataclasses.replace(device, formats=formats, tf32=kept(TF32, device.tf32))
 
 
 def forecast_of(workload: Workload, profile: ModelProfile, device: DeviceProfile) -> Forecast:

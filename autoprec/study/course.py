@@ -257,7 +257,7 @@ class Course:
         if not 0 < least < float("inf"):
             return None
         least = min(least, *times)  # what was measured is possible, whatever is believed
-        return {"drop": self.limit_value, "step_ms": least, "faster_percent": 100 * (min(times) / least - 1)}
+        return {"drop": self.limit_value, "step_ms": least, "faster_percent": round(100 * (min(times) / least - 1), 6)}
 
     def measured(self) -> list[Measurement]:
         """Return all that was measured, baselines first."""

@@ -30,7 +30,7 @@ from autoprec.records import DeviceProfile, FormatSupport, Mode, Progress, Searc
 from autoprec.runtime.fp8 import fp8_missing
 from autoprec.runtime.identity import let_go, weights_digest
 from autoprec.study.appendix import setting_of
-from autoprec.study.away import absent_device, forecast_of
+from autoprec.study.away import absent_device, forecast_of, predictable
 from autoprec.study.baselines import baselines
 from autoprec.study.budget import Budget, first_look
 from autoprec.study.closing import carry_out
@@ -148,7 +148,7 @@ def _prepare(
     here, workers, notes = _settle(workers, whole, workload, away, weights, tell)
     worker = workers[0] if workers else None
     if away is not None:
-        device = away
+        device = away = predictable(away)
     else:
         seconds = min(8.0, max(1.0, 0.05 * budget.seconds))
         device = _runnable((worker.probe_device if worker else probe_device)(str(here), seconds=seconds), here)
