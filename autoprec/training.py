@@ -14,6 +14,7 @@ Not promised: that a gap which takes more steps than these to show would be foun
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -31,10 +32,10 @@ from autoprec.probe.readout import ReadoutKind
 from autoprec.probe.steps import device_of, kept_state, plain_fp32, scaler_of
 from autoprec.probe.workload import Workload
 from autoprec.quantities import number
-from autoprec.records import TrainedArm, TrainingConfirmation, TrainingCurve, TrainingVerdict
+from autoprec.records import TrainedArm, TrainingConfirmation, TrainingCurve, TrainingPace, TrainingVerdict
 from autoprec.runtime.attach import applied
 
-__all__ = ["REFERENCE", "Ends", "confirm_training", "judged", "margins"]
+__all__ = ["REFERENCE", "Ends", "confirm_training", "judged", "margins", "training_pace"]
 
 REFERENCE = "fp32"
 #: of the loss: what a search allows a plan to cost by default
@@ -43,6 +44,8 @@ _SHARE = 0.0025
 _HARM = (TrainingVerdict.NOT_WORSE, TrainingVerdict.UNDECIDED, TrainingVerdict.WORSE)
 #: the Trainer's own default
 _CLIP = 1.0
+#: steps that tell how fast one is: the first sets up kernels
+_PACED = 3
 #: of the batches, kept from training
 _HELD_OUT = 0.25
 
@@ -94,6 +97,22 @@ def confirm_training(
                         f"training in fp32 itself fails: {curves[-1].reason}. Try a smaller learning rate."
                     )
     return replace(_confirmation(curves, list(plans), steps, seeds, learning_rate, runner.notes), metric=runner.metric)
+
+
+def training_pace(workload: Workload, plan: Plan, *, emulate: bool = False) -> TrainingPace:
+    """Take a few steps in FP32 and under a plan, and return what training both takes.
+
+    The model is left as `confirm_training` leaves it. A plan that gives no finite loss is taken to be as fast as FP32.
+
+    Raises:
+        PlanError, DeviceError: as `autoprec.apply`.
+    """
+    runner = _Runner(workload, _PACED, 1e-4, emulate)
+    with kept_state(workload.model, weights=True):
+        runner.run(REFERENCE, None, 0)
+        wide, ends = runner.step_seconds, runner.ends_seconds
+        runner.run("plan", plan, 0)
+    return TrainingPace(step_seconds=wide + (runner.step_seconds or wide), ends_seconds=2 * ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +222,8 @@ class _Runner:
         self.train, self.held_out = workload.batches[:-held], workload.batches[-held:]
         self.start = [(t, t.detach().clone()) for t in (*self.model.parameters(), *self.model.buffers())]
         self.metric: str | None = None
+        #: what the last step of a run took, and the losses after it; 0 where it ended before
+        self.step_seconds = self.ends_seconds = 0.0
         self.notes = (f"{len(self.train)} batches trained on, {held} held out",)
 
     def run(self, name: str, plan: Plan | None, seed: int) -> TrainingCurve:
@@ -218,7 +239,9 @@ class _Runner:
             else:
                 with applied(self.model, plan, self.emulate):
                     skipped, reason = self._train(seed, plan, losses)
+            begun = time.monotonic()
             final, trained, metric = self._ends() if reason is None else (None, None, None)
+            self.ends_seconds = time.monotonic() - begun
         if final is not None and trained is not None and not math.isfinite(final + trained):
             final, trained, metric, reason = None, None, None, "the loss after the last step is not finite"
         return TrainingCurve(
@@ -239,11 +262,14 @@ class _Runner:
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
         scaler = scaler_of(device, plan.grad_scaler if plan else None)
         self.model.train()
-        skipped = 0
+        skipped, self.step_seconds, before_it = 0, 0.0, None
         for batch in self._order(seed):
             optimizer.zero_grad(set_to_none=True)
             loss: Tensor = self.workload.training_loss(batch, self.workload.forward(batch))
-            value = float(loss.detach())
+            value, now = float(loss.detach()), time.monotonic()  # a card's step ends where its value is read
+            if before_it is not None:
+                self.step_seconds = now - before_it
+            before_it = now
             if not math.isfinite(value):
                 return skipped, f"the loss is {value} at step {len(losses) + 1}"
             losses.append(value)

@@ -15,6 +15,7 @@ from autoprec.formats import Format
 from autoprec.measurement import Request, evaluate
 from autoprec.records import (
     Measurement,
+    Progress,
     TrainingConfirmation,
     TrainingVerdict,
 )
@@ -117,10 +118,16 @@ def test_the_finalist_of_a_search_for_training_is_trained_beside_fp32(
 ) -> None:
     faster(monkeypatch)
     work = with_batches(10).with_mode("train")
-    before = state_of(work.model)
-    result = search(work, budget=300, trials=2, max_drop="50%", out=tmp_path / "run")
+    before, said = state_of(work.model), list[Progress]()
+    result = search(work, budget=300, trials=2, max_drop="50%", out=tmp_path / "run", progress=said.append)
     assert_as_found(work.model, before)
     assert result.chosen is not None
+    runs = [news for news in said if news.message.startswith("training in ")]
+    assert [news.message for news in runs[::2]] == [f"training in fp32, seed {n} of 3" for n in (1, 2, 3)]
+    left = [news.eta_seconds or 0.0 for news in runs]
+    assert len(runs) == 6 and 0 < left[5] < left[0]
+    # from the first baseline on, the end that is named is that of the search: training it is the longest part of all
+    assert all(news.eta_seconds for news in said if news.message.startswith(("measuring ", "trial ")))
     (trained,) = result.trained
     assert [arm.name for arm in trained.arms] == [result.front[result.chosen].name]
     assert trained.seeds == 3 and 10 <= trained.steps <= 60

@@ -21,7 +21,7 @@ from autoprec.files import as_json, from_json
 from autoprec.formats import Format
 from autoprec.records import TrainingConfirmation, TrainingVerdict, Verification
 from autoprec.runtime.tripwire import Tripwire
-from autoprec.training import Ends, confirm_training, judged, margins
+from autoprec.training import Ends, confirm_training, judged, margins, training_pace
 from autoprec.verification import verify
 
 
@@ -171,3 +171,13 @@ def test_the_command_prints_the_page_and_keeps_the_curves(tmp_path: Path, monkey
     assert [len(curve.losses) for curve in kept.curves] == [3] * 4
     document = CliRunner().invoke(main, [*arguments, "--json"])
     assert from_json(Verification, json.loads(document.stdout), what="verification").training is not None
+
+
+def test_the_pace_of_training_is_that_of_its_steps_and_leaves_the_model_alone() -> None:
+    given = workload(8)
+    before = [p.detach().clone() for p in given.model.parameters()]
+    pace = training_pace(given, Plan.uniform(given.model, "bf16"))
+    assert pace.step_seconds > 0 and pace.ends_seconds > 0
+    assert pace.seconds(10, 3) == pytest.approx(30 * pace.step_seconds + 3 * pace.ends_seconds)
+    assert all(torch.equal(a, b) for a, b in zip(before, given.model.parameters(), strict=True))
+    assert all(p.grad is None for p in given.model.parameters())

@@ -35,7 +35,7 @@ from autoprec.records.searched import (
 from autoprec.records.sensitivity import Method, SensitivityProfile, UnitDrop, UnitNumerics
 from autoprec.records.shown import Shown
 from autoprec.records.speed import Arrival, SpeedProfile, UnitTime
-from autoprec.records.trained import TrainedArm, TrainingConfirmation, TrainingCurve, TrainingVerdict
+from autoprec.records.trained import TrainedArm, TrainingConfirmation, TrainingCurve, TrainingPace, TrainingVerdict
 from autoprec.records.verified import Check, CheckOutcome, Verification
 
 __all__ = [
@@ -108,6 +108,7 @@ __all__ = [
     "TrainedFigures",
     "TrainingConfirmation",
     "TrainingCurve",
+    "TrainingPace",
     "TrainingVerdict",
     "Unit",
     "UnitDrop",

@@ -215,7 +215,7 @@ class Progress:
     stage: str  #: probe, baselines, search, confirmation, done
     message: str
     elapsed_seconds: float
-    #: expected seconds until the end of this stage, where it can be told
+    #: expected seconds until the end of the probe or search, where it can be told
     eta_seconds: float | None = None
     trial: int | None = None
     measurement: Measurement | None = None

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from autoprec.records.figures import STRICT
 
-__all__ = ["TrainedArm", "TrainingConfirmation", "TrainingCurve", "TrainingVerdict"]
+__all__ = ["TrainedArm", "TrainingConfirmation", "TrainingCurve", "TrainingPace", "TrainingVerdict"]
 
 
 class TrainingVerdict(StrEnum):
@@ -67,3 +67,16 @@ class TrainingConfirmation:
     notes: tuple[str, ...] = ()
     train_margin: float | None = None  #: of `train_gap`
     metric: str | None = None  #: what `final_metric` is: accuracy, perplexity, or the user's own metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPace:
+    """What training a plan beside FP32 takes on the machine that trains: seconds, both runs together."""
+
+    step_seconds: float
+    #: the losses after the last step
+    ends_seconds: float
+
+    def seconds(self, steps: int, seeds: int) -> float:
+        """Return what so many steps with so many seeds take."""
+        return seeds * (steps * self.step_seconds + self.ends_seconds)

@@ -7,6 +7,7 @@ from functools import partial
 
 from autoprec.errors import MeasurementError, StudyError
 from autoprec.records import Measurement
+from autoprec.study.ahead import seconds_left
 from autoprec.study.baselines import RECOMMENDED, Baseline
 from autoprec.study.course import Course
 from autoprec.study.measuring import outcome_of
@@ -38,7 +39,7 @@ def _measure_baselines(course: Course) -> None:
             course.news("baselines", f"{baseline.name} is left out: the budget is spent")
             continue
         ahead = sum(b.plan is not None for b in todo[count:])
-        course.news("baselines", f"measuring {baseline.name}", ahead * course.budget.each_seconds)
+        course.news("baselines", f"measuring {baseline.name}", seconds_left(course, ahead))
         found = _baseline(course, baseline)
         course.ledger.add_baseline(found)
         course.news("baselines", baseline.name, measurement=found)

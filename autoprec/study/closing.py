@@ -13,13 +13,14 @@ from autoprec.files import as_json
 from autoprec.plan import Plan
 from autoprec.quantities import duration_text
 from autoprec.records import Explained, LargestBatch, Measurement, MemoryBreakdown, SearchResult
+from autoprec.study.ahead import closing_seconds
 from autoprec.study.appendix import memory_of, unit_times
 from autoprec.study.baseline_runs import measure_baselines
 from autoprec.study.baselines import RECOMMENDED
 from autoprec.study.confirming import Confirming, confirmed
 from autoprec.study.course import Course
 from autoprec.study.explain import explain
-from autoprec.study.finalists import trained_worse, training_ahead
+from autoprec.study.finalists import trained_worse
 from autoprec.study.front import measured_front
 from autoprec.study.larger import largest_batches
 from autoprec.study.lessons import learn
@@ -42,7 +43,7 @@ def _confirm(course: Course) -> None:
         return
     rows = course.measured()
     front = measured_front(on_one_clock(rows), course.plans.names)
-    course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far", _ahead(course))
+    course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far", closing_seconds(course))
     setting = Confirming(
         unseen=course.unseen,
         drop_unit=course.drop_unit,
@@ -63,13 +64,8 @@ def _confirm(course: Course) -> None:
 
 def _noted(course: Course, plans: Iterator[Measurement]) -> Iterator[Measurement]:
     for plan in plans:
-        course.news("confirmation", f"trying {plan.name}", _ahead(course))
+        course.news("confirmation", f"trying {plan.name}", closing_seconds(course))
         yield plan
-
-
-def _ahead(course: Course) -> float:
-    """Return what a confirmation takes, with the training that may follow."""
-    return min(course.budget.left, course.confirm_seconds + training_ahead(course))
 
 
 def _finish(course: Course, teach: bool = False) -> SearchResult:
@@ -197,7 +193,6 @@ def carry_out(
     storage: str | BaseStorage | None,
     resume: bool,
     force: bool,
-    trials: int | None,
     teach: bool = False,
 ) -> SearchResult:
     """Measure until the budget is spent, and return the result, which is written by then.
@@ -207,16 +202,16 @@ def carry_out(
     """
     course.ledger = course.open(storage, resume, force)
     try:
-        return _carry_out(course, trials, teach)
+        return _carry_out(course, teach)
     finally:
         course.ledger.close()
 
 
-def _carry_out(course: Course, trials: int | None, teach: bool) -> SearchResult:
+def _carry_out(course: Course, teach: bool) -> SearchResult:
     try:
         course.probe()
         measure_baselines(course)
-        measure_trials(course, trials)
+        measure_trials(course)
         course.ledger.refresh()
         _confirm(course)
     except KeyboardInterrupt:

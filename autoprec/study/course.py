@@ -97,6 +97,8 @@ class Course:
     training_seconds: float
     #: digest of the model's weights
     weights: str
+    #: of the space, that the search ends after; None: as many as the budget has time for
+    trials: int | None = None
     #: by unit, how far the largest of its weights stand out
     outliers: Mapping[str, float] = field(default_factory=dict)
     #: where the device is not here: drops are emulated, times and memory predicted
@@ -179,7 +181,7 @@ class Course:
             self.budget,
             self.folder,
             self.seed,
-            self.tell,
+            self._heard,
             self.forward_seconds,
             worker.probe_sensitivity if worker else probe_sensitivity,
         )
@@ -194,11 +196,15 @@ class Course:
                 self.space,
                 self.budget,
                 self.folder,
-                self.tell,
+                self._heard,
                 self.forward_seconds,
                 worker.probe_speed if worker else probe_speed,
             )
         self.notes += [text for text in (why, slow) if text]
+
+    def _heard(self, news: Progress) -> None:
+        """Pass on what a probe tells, on the clock of the search."""
+        self.news("probe", news.message)
 
     # measuring
 

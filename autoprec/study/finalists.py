@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from autoprec.plan import Plan
-from autoprec.records import Mode, TrainingConfirmation, TrainingVerdict
+from autoprec.probe.workload import Workload
+from autoprec.records import Mode, TrainingConfirmation, TrainingPace, TrainingVerdict
 from autoprec.study.course import Course
 from autoprec.study.worker import WorkerLost
-from autoprec.training import confirm_training
+from autoprec.training import confirm_training, training_pace
 
 __all__ = ["trained_worse", "training_ahead"]
 
 SEEDS = 3
 #: below that a loss has hardly moved, above that `autoprec verify --train-steps` is the place
 _FEWEST, _MOST = 10, 60
-#: forwards a step takes, optimizer and noise of the machine included
-_STEP = 4.0
+#: forwards that a step takes, optimizer included; and how many times as long one in emulated formats takes (1.9 to 2.1
+#: were seen on the demo model)
+_STEP, _EMULATED = 4.0, 2.0
 
 
 def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
@@ -24,47 +29,80 @@ def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
     """
     if course.workload.mode is not Mode.TRAIN:
         return None
-    unseen = course.unseen.batches if course.unseen is not None else ()
-    workload = course.workload.with_batches([*course.workload.batches, *unseen])
-    each = course.budget.left / (2 * SEEDS) - _ends_seconds(course)
-    steps = min(_MOST, int(each / (_STEP * course.forward_seconds)))
-    if steps < _FEWEST:
+    try:
+        found = _trained(course, name, plan)
+    except WorkerLost as error:
+        return f"training it could not be carried out: {error}"
+    if found is None:
         course.notes.append(
             f"{name} was not trained: the budget's rest is too short. Train it: autoprec verify … --train-steps 200"
         )
         return None
-    ahead = min(course.budget.left, _training_seconds(course, steps))
-    course.news("confirmation", f"training {name} beside FP32, {steps} steps, {SEEDS} seeds", ahead)
-    emulate, plans = course.forecast is not None, {name: plan}
-    if course.worker is None:
-        found = confirm_training(workload, plans, steps=steps, seeds=SEEDS, emulate=emulate)
-    else:
-        try:
-            found = course.worker.confirm_training(
-                workload, plans, steps=steps, seeds=SEEDS, emulate=emulate, seconds=course.budget.left
-            )
-        except WorkerLost as error:
-            return f"training it could not be carried out: {error}"
     course.trained.append(found)
     course.news("confirmation", f"{name}: {_sentence(found)}")
     return _sentence(found) if found.arms[0].verdict is TrainingVerdict.WORSE else None
+
+
+def _trained(course: Course, name: str, plan: Plan) -> TrainingConfirmation | None:
+    """Train as many steps as the budget has time for; None where these are too few."""
+    if _expected(course).seconds(_FEWEST, SEEDS) > 2 * course.budget.left:  # not worth the steps that tell the pace
+        return None
+    unseen = course.unseen.batches if course.unseen is not None else ()
+    workload = course.workload.with_batches([*course.workload.batches, *unseen])
+    emulate = course.forecast is not None
+    pace = _pace(course, workload, plan, emulate)
+    each = course.budget.left / SEEDS - pace.ends_seconds
+    steps = min(_MOST, int(each / max(pace.step_seconds, 1e-9)))
+    if steps < _FEWEST:
+        return None
+    course.news("confirmation", f"training {name} beside FP32, {steps} steps, {SEEDS} seeds")
+    tell = _telling(course, pace.seconds(steps, SEEDS))
+    plans = {name: plan}
+    if course.worker is None:
+        return confirm_training(workload, plans, steps=steps, seeds=SEEDS, emulate=emulate, tell=tell)
+    return course.worker.confirm_training(
+        workload, plans, steps=steps, seeds=SEEDS, emulate=emulate, tell=tell, seconds=course.budget.left
+    )
+
+
+def _pace(course: Course, workload: Workload, plan: Plan, emulate: bool) -> TrainingPace:
+    if course.worker is None:
+        return training_pace(workload, plan, emulate=emulate)
+    return course.worker.training_pace(workload, plan, emulate=emulate, seconds=course.budget.left)
+
+
+def _telling(course: Course, seconds: float) -> Callable[[str], None]:
+    """Return what tells of each run as it begins, and the end of them all; runs of FP32 and the plan take turns.
+
+    Args:
+        seconds: that all runs are expected to take, until those of a seed are over.
+    """
+    begun, runs, total = time.monotonic(), 0, seconds
+
+    def tell(text: str) -> None:
+        nonlocal runs, total
+        gone = time.monotonic() - begun
+        if runs and runs % 2 == 0:
+            total = gone * 2 * SEEDS / runs
+        runs += 1
+        course.news("confirmation", text, max(0.0, total - gone))
+
+    return tell
 
 
 def training_ahead(course: Course) -> float:
     """Return what training a finalist takes where the budget leaves time enough."""
     if course.workload.mode is not Mode.TRAIN:
         return 0.0
-    return _training_seconds(course, _MOST)
+    return _expected(course).seconds(_MOST, SEEDS)
 
 
-def _training_seconds(course: Course, steps: int) -> float:
-    return 2 * SEEDS * (steps * _STEP * course.forward_seconds + _ends_seconds(course))
-
-
-def _ends_seconds(course: Course) -> float:
-    """Return what the forwards after each run take: of the quarter of batches held out, and of as many others."""
+def _expected(course: Course) -> TrainingPace:
+    """Return a pace by the forward alone: of the quarter of batches held out, and of as many others, after each run."""
     batches = len(course.workload.batches) + (len(course.unseen.batches) if course.unseen else 0)
-    return course.forward_seconds * 2 * max(1, batches // 4)
+    ends, plan = 2 * max(1, batches // 4), 1.0 if course.forecast is None else _EMULATED
+    each = course.forward_seconds
+    return TrainingPace(step_seconds=(1 + plan) * _STEP * each, ends_seconds=2 * ends * each)
 
 
 def _sentence(found: TrainingConfirmation) -> str:

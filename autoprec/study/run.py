@@ -117,8 +117,8 @@ def search(
                     "or choose another folder with --out."
                 )
             tell = LiveReport(path, progress or (lambda _: None))
-            run = _prepare(workload, clock, limit, space, folder, tell, seed, away, command, workers)
-            return carry_out(run, storage, resume, force, trials, learn)
+            run = _prepare(workload, clock, trials, limit, space, folder, tell, seed, away, command, workers)
+            return carry_out(run, storage, resume, force, learn)
         finally:
             folder.discard_if_new()
 
@@ -126,6 +126,7 @@ def search(
 def _prepare(
     workload: Workload,
     budget: Budget,
+    trials: int | None,
     limit: DropLimit,
     space: str | Path,
     folder: RunFolder,
@@ -145,7 +146,7 @@ def _prepare(
     tell(Progress(stage="probe", message="probing the device and the model's units", elapsed_seconds=budget.elapsed))
     weights, profile = weights_digest(workload.model), probe_units(workload.model, model_id=workload.model_id)
     outliers = weight_outliers(workload.model, profile)
-    here, workers, notes = _settle(workers, whole, workload, away, weights, tell)
+    here, workers, notes = _settle(workers, whole, workload, away, weights)
     worker = workers[0] if workers else None
     if away is not None:
         device = away = predictable(away)
@@ -169,7 +170,6 @@ def _prepare(
             stage="probe",
             message=f"a reference step takes {look.step_seconds * 1e3:.0f} ms",
             elapsed_seconds=budget.elapsed,
-            eta_seconds=count * look.measurement_seconds,
         )
     )
     forward = look.step_seconds / (3 if workload.mode is Mode.TRAIN else 1)
@@ -181,6 +181,7 @@ def _prepare(
         confirm_seconds=2 * _BOTH_SIDES * forward * len(unseen.batches) if unseen else 0.0,
         training_seconds=_TRAINING_SHARE * budget.seconds if unseen and workload.mode is Mode.TRAIN else 0.0,
         budget=budget,
+        trials=trials,
         limit=limit,
         space=built,
         device=device,
@@ -206,7 +207,6 @@ def _settle(
     seen: Workload,
     away: DeviceProfile | None,
     weights: str,
-    tell: News,
 ) -> tuple[torch.device, tuple[Worker, ...], list[str]]:
     """Have the workers load, and let this process's weights go; return where measurements run, and what is to be said.
 
@@ -214,8 +214,7 @@ def _settle(
     """
     if not workers:
         return device_of(whole.model), (), []
-    first = workers[0]
-    here, first.tell = torch.device(first.loading.device), tell
+    here = torch.device(workers[0].loading.device)
     data = whole.data_digest()
     for worker in workers:
         opened = worker.open(whole, seen, away)
@@ -228,7 +227,7 @@ def _settle(
         worker.close()
     if here != device_of(whole.model):
         raise MeasurementError(
-            f"{first.loading.model} gives other weights or data each time it is called, so no process of its own "
+            f"{workers[0].loading.model} gives other weights or data each time it is called, so no process of its own "
             "can measure it. Draw them from a fixed seed, or call autoprec.search(workload) in Python."
         )
     return here, (), [f"measured in this process, because {whole.model_id} gives another model each time it is called"]

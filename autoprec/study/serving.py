@@ -39,7 +39,7 @@ from autoprec.runtime.identity import weights_digest
 from autoprec.study.away import forecast_of
 from autoprec.study.budget import first_look
 from autoprec.study.protocol import Loading, Opened, Order
-from autoprec.training import confirm_training
+from autoprec.training import confirm_training, training_pace
 
 __all__ = ["main"]
 
@@ -86,7 +86,14 @@ class _Bench:
 
     def train(self, plans: Mapping[str, Any], steps: int, seeds: int, emulate: bool) -> Any:
         known = {name: Plan.from_json(plan) for name, plan in plans.items()}
-        return as_json(confirm_training(self._workload, known, steps=steps, seeds=seeds, emulate=emulate))
+
+        def tell(text: str) -> None:
+            self._progress(Progress(stage="confirmation", message=text, elapsed_seconds=0.0))
+
+        return as_json(confirm_training(self._workload, known, steps=steps, seeds=seeds, emulate=emulate, tell=tell))
+
+    def pace(self, plan: Any, emulate: bool) -> Any:
+        return as_json(training_pace(self._workload, Plan.from_json(plan), emulate=emulate))
 
     @property
     def _workload(self) -> Workload:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
@@ -38,6 +38,7 @@ from autoprec.records import (
     SensitivityProfile,
     SpeedProfile,
     TrainingConfirmation,
+    TrainingPace,
 )
 from autoprec.study.budget import FirstLook
 from autoprec.study.protocol import Hopeless, Loading, Opened, Order
@@ -77,7 +78,7 @@ class Worker:
 
     def __init__(self, loading: Loading, threads: int | None = None) -> None:
         self.loading, self._threads = loading, threads
-        self.tell: Callable[[Progress], None] = lambda news: None
+        self._tell: Callable[[Progress], None] = lambda news: None
         #: what a measurement is expected to take
         self.expected_seconds = 0.0
         #: as `time.monotonic` counts, when the longest measurement ends whatever it is doing
@@ -134,7 +135,8 @@ class Worker:
     ) -> SensitivityProfile:  # fmt: skip
         """As `autoprec.probe_sensitivity`."""
         asked = {"formats": [str(f) for f in formats], "seconds": seconds, "seed": seed, "units": as_json(units)}
-        return self._do(SensitivityProfile, "sensitivity", self._patience(seconds), batches=self._seen, **asked)
+        with self._heard_by(progress):
+            return self._do(SensitivityProfile, "sensitivity", self._patience(seconds), batches=self._seen, **asked)
 
     def probe_speed(
         self,
@@ -146,17 +148,32 @@ class Worker:
     ) -> SpeedProfile:
         """As `probe_speed` of this process."""
         asked: dict[str, Any] = {"formats": [str(f) for f in formats], "seconds": seconds}
-        return self._do(SpeedProfile, "speed", self._patience(seconds), batches=self._seen, **asked)
+        with self._heard_by(progress):
+            return self._do(SpeedProfile, "speed", self._patience(seconds), batches=self._seen, **asked)
+
+    def training_pace(self, workload: Workload, plan: Plan, *, emulate: bool, seconds: float) -> TrainingPace:
+        """As `training_pace` of this process, on all batches; `seconds`: what it may take."""
+        patience = max(SILENT_SECONDS, 2 * seconds)
+        return self._do_once(TrainingPace, "pace", patience, plan=plan.to_json(), emulate=emulate)
 
     def confirm_training(
-        self, workload: Workload, plans: dict[str, Plan], *, steps: int, seeds: int, emulate: bool, seconds: float
+        self,
+        workload: Workload,
+        plans: dict[str, Plan],
+        *,
+        steps: int,
+        seeds: int,
+        emulate: bool,
+        tell: Callable[[str], None],
+        seconds: float,
     ) -> TrainingConfirmation:
         """As `confirm_training` of this process, on all batches; `seconds`: what it may take."""
         given = {name: plan.to_json() for name, plan in plans.items()}
         patience = max(SILENT_SECONDS, 2 * seconds)
-        return self._do_once(
-            TrainingConfirmation, "train", patience, plans=given, steps=steps, seeds=seeds, emulate=emulate
-        )
+        with self._heard_by(lambda news: tell(news.message)):
+            return self._do_once(
+                TrainingConfirmation, "train", patience, plans=given, steps=steps, seeds=seeds, emulate=emulate
+            )
 
     def evaluate(self, request: Request) -> Measurement:
         """As `autoprec.measurement.evaluate`.
@@ -199,6 +216,15 @@ class Worker:
             self._process = None
 
     # underneath
+
+    @contextlib.contextmanager
+    def _heard_by(self, tell: Callable[[Progress], None]) -> Iterator[None]:
+        """Pass on what the worker tells while it is at something."""
+        self._tell, before = tell, self._tell
+        try:
+            yield
+        finally:
+            self._tell = before
 
     def _indices(self, workload: Workload) -> list[int]:
         return [self._numbers[id(batch)] for batch in workload.batches]
@@ -286,7 +312,7 @@ class Worker:
             while True:
                 answer = self._answer(min(until, time.monotonic() + patience), begun)
                 if "news" in answer:
-                    self.tell(from_json(Progress, answer["news"], what="news"))
+                    self._tell(from_json(Progress, answer["news"], what="news"))
                 elif "beat" not in answer:
                     break
         except BaseException:  # Ctrl-C too: what it was at is of no use any more
