@@ -20,6 +20,8 @@ _FEWEST, _MOST = 10, 60
 #: forwards that a step takes, optimizer included; and how many times as long one in emulated formats takes (1.9 to 2.1
 #: were seen on the demo model)
 _STEP, _EMULATED = 4.0, 2.0
+#: of what is left of the budget: beside other work training took up to 1.25 times what its first steps promised
+_SHARE = 0.8
 
 
 def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
@@ -51,7 +53,7 @@ def _trained(course: Course, name: str, plan: Plan) -> TrainingConfirmation | No
     workload = course.workload.with_batches([*course.workload.batches, *unseen])
     emulate = course.forecast is not None
     pace = _pace(course, workload, plan, emulate)
-    each = course.budget.left / SEEDS - pace.ends_seconds
+    each = _SHARE * course.budget.left / SEEDS - pace.ends_seconds
     steps = min(_MOST, int(each / max(pace.step_seconds, 1e-9)))
     if steps < _FEWEST:
         return None
