@@ -113,11 +113,11 @@ def false_alarms(curves: list[TrainingCurve]) -> dict[str, int]:
     return counts
 
 
-def searched(workload: Workload, device: str, budget: str) -> Plan | None:
+def searched(workload: Workload, device: str, budget: str, max_drop: str) -> Plan | None:
     """Return the plan that a search chooses, None where it finds nothing worth using."""
     few = workload.with_batches(workload.batches[:SEARCHED_ON])
     with tempfile.TemporaryDirectory() as folder:
-        result = search(few, device=device, budget=budget, out=folder)
+        result = search(few, device=device, budget=budget, max_drop=max_drop, out=folder)
         print(result.verdict.text, flush=True)
         path = Path(folder) / "plan.json"
         return Plan.load(path) if result.chosen is not None and path.exists() else None
@@ -168,6 +168,7 @@ def main() -> None:
     )
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--budget", default="5m")
+    parser.add_argument("--max-drop", default="0.25%", help="of the search")
     parser.add_argument("--only", nargs="+", help="of these plans, as 'uniform fp16'")
     asked = parser.parse_args()
     here = asked.device == "cuda"
@@ -185,7 +186,7 @@ def main() -> None:
         )
         plan = Plan.load(asked.plan) if asked.plan else None
         if plan is None and (not asked.only or SEARCHED in asked.only):
-            plan = searched(workload, asked.device, asked.budget)
+            plan = searched(workload, asked.device, asked.budget, asked.max_drop)
         plans = plans_of(workload, device, plan, asked)
         formats = {k: Counter(map(str, v.assignment.values())) for k, v in plans.items()}
         how = {"device" if here else "emulated": device.name, "data": shape(workload)}
