@@ -295,11 +295,11 @@ def test_news_off_a_terminal_are_lines_with_the_time_left() -> None:
         news(Progress(stage="baselines", message="six baselines to measure", elapsed_seconds=3, eta_seconds=95))
         measured = samples.measurement("uniform bf16", 0.004, 12.0, 1.6)
         news(Progress(stage="baselines", message="", elapsed_seconds=65, eta_seconds=30, trial=1, measurement=measured))
-        news(Progress(stage="search", message="searching", elapsed_seconds=70))
+        news(Progress(stage="search", message="searching", elapsed_seconds=70, eta_seconds=20, at_most=True))
     assert file.getvalue().splitlines() == [
         "    3s  baselines: six baselines to measure (about 1m35s left)",
         f" 1m05s  baselines: trial 1, {measurement_line(measured)} (about 30s left)",
-        " 1m10s  search: searching",
+        " 1m10s  search: searching (at most 20s left)",
     ]
 
 

@@ -217,6 +217,8 @@ class Progress:
     elapsed_seconds: float
     #: expected seconds until the end of the probe or search, where it can be told
     eta_seconds: float | None = None
+    #: that is the budget's end: a search ends before where nothing is left to gain
+    at_most: bool = False
     trial: int | None = None
     measurement: Measurement | None = None
     #: beside each piece of news from the first measurement on

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from autoprec.quantities import duration_text
-from autoprec.records import Measurement, Standing
+from autoprec.records import Measurement, Progress, Standing
 from autoprec.report.figures import format_counts, interval, number, plain, where_from
 
-__all__ = ["front_panel", "time_text"]
+__all__ = ["front_panel", "left_text", "time_text"]
 
 #: columns from which on intervals, and then the units' formats, have room beside a name
 _MIDDLE, _WIDE = 72, 100
@@ -47,12 +47,18 @@ def front_panel(standing: Standing, width: int, height: int) -> RenderableType:
     return Group(*parts)
 
 
-def time_text(elapsed_seconds: float, eta_seconds: float | None) -> str:
-    """Return how far a stage is, and until when it goes on: the clock stays right while a line is not drawn anew."""
-    if eta_seconds is None:
-        return f"{duration_text(elapsed_seconds)} gone"
-    until = (datetime.datetime.now() + datetime.timedelta(seconds=eta_seconds)).strftime("%H:%M:%S")
-    return f"{duration_text(elapsed_seconds)} gone, about {duration_text(eta_seconds)} left, until {until}"
+def time_text(progress: Progress) -> str:
+    """Return how far a search is, and until when it goes on: the clock stays right while a line is not drawn anew."""
+    gone = f"{duration_text(progress.elapsed_seconds)} gone"
+    if progress.eta_seconds is None:
+        return gone
+    until = (datetime.datetime.now() + datetime.timedelta(seconds=progress.eta_seconds)).strftime("%H:%M:%S")
+    return f"{gone}, {left_text(progress)}, until {until}{' at the latest' if progress.at_most else ''}"
+
+
+def left_text(progress: Progress) -> str:
+    """Return how long it goes on; where the budget's end is all that can be told, that is the most."""
+    return f"{'at most' if progress.at_most else 'about'} {duration_text(progress.eta_seconds or 0.0)} left"
 
 
 def _about(standing: Standing) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 from autoprec.quantities import duration_text
 from autoprec.records import Progress, Standing
 from autoprec.report.figures import plain
-from autoprec.report.livefront import front_panel, time_text
+from autoprec.report.livefront import front_panel, left_text, time_text
 from autoprec.report.terminal import measurement_line
 
 __all__ = ["News"]
@@ -84,11 +84,11 @@ class News:
     def __call__(self, progress: Progress) -> None:
         """Print a measurement or the first news of a stage as a line; later news of a stage is only passing."""
         begins = f"{duration_text(progress.elapsed_seconds):>6}  {progress.stage}: "
-        left = "" if progress.eta_seconds is None else f" (about {duration_text(progress.eta_seconds)} left)"
+        left = f" ({left_text(progress)})" if progress.eta_seconds is not None else ""
         if self._front and progress.standing is not None:
             self._standing = progress.standing
         if self._live is not None:
-            gone = time_text(progress.elapsed_seconds, progress.eta_seconds)
+            gone = time_text(progress)
             self._now = "" if progress.stage == _DONE else f"{progress.stage}: {progress.message}; {gone}"
         if progress.measurement is not None:
             trial = f"trial {progress.trial}"

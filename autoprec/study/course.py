@@ -348,6 +348,7 @@ class Course:
                 message=message,
                 elapsed_seconds=self.budget.elapsed,
                 eta_seconds=eta,
+                at_most=self.trials is None and stage in ("baselines", "search"),
                 trial=trial,
                 measurement=measurement,
                 standing=self._standing() if measurement is not None or stage in _STANDING else None,
