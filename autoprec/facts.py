@@ -12,7 +12,7 @@ from typing import Any
 from autoprec.errors import ModelError
 from autoprec.records import Architecture, ModelFacts
 
-__all__ = ["facts_of"]
+__all__ = ["SIZES", "facts_of"]
 
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
 _LAYERS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layer", "n_layers")
@@ -25,6 +25,17 @@ _FFN = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner", "f
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "seq_length")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")
+#: what a model's sizes are called
+SIZES = {
+    "hidden": _HIDDEN,
+    "layers": _LAYERS,
+    "heads": _HEADS,
+    "kv_heads": _KV_HEADS,
+    "head_dim": _HEAD_DIM,
+    "ffn": _FFN,
+    "vocab": ("vocab_size",),
+    "positions": _POSITIONS,
+}
 
 #: inner width of the FFN as a multiple of the stream's where the configuration leaves it to its default
 _FFN_MULTIPLE = 4

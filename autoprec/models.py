@@ -31,6 +31,7 @@ __all__ = [
     "expand",
     "find_model",
     "fits_installed",
+    "is_installed",
     "model_names",
     "model_spellings",
     "models",
@@ -125,11 +126,19 @@ def fits_installed(name: str) -> tuple[bool, str, str]:
     """
     stem, _ = _entry(name)
     made = str(_structure(stem).get("transformers"))
+    return is_installed(made), made, _installed()
+
+
+def is_installed(made: str) -> bool:
+    """Say whether the transformers here builds what one of that version does."""
+    return made.split(".")[:2] == _installed().split(".")[:2]
+
+
+def _installed() -> str:
     try:
-        here = version("transformers")
+        return version("transformers")
     except PackageNotFoundError:
-        here = "none"
-    return made.split(".")[:2] == here.split(".")[:2], made, here
+        return "none"
 
 
 @cache

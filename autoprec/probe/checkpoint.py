@@ -16,7 +16,7 @@ from typing import Any
 from autoprec.errors import ModelError, first_line
 from autoprec.files import read_json
 
-__all__ = ["check_weights", "read_config", "refuse_remote_code"]
+__all__ = ["check_weights", "checked_config", "read_config", "refuse_remote_code"]
 
 _SAFETENSORS = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
@@ -42,6 +42,25 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     config = read_json(path, what="model configuration", error=ModelError)
     if not isinstance(config, dict):
         raise ModelError(f"model configuration {path} is not a JSON object. {_ADVICE}")
+    return config
+
+
+def checked_config(folder: Path, trust_remote_code: bool = False) -> Mapping[str, Any]:
+    """Return `config.json` of a model folder that can be loaded in FP32 without running what it brings.
+
+    Raises:
+        ModelError: as `read_config` and `refuse_remote_code`, or quantised weights.
+    """
+    config = read_config(folder)
+    if not trust_remote_code:
+        refuse_remote_code(folder, config)
+    if "quantization_config" in config:
+        method = config["quantization_config"]
+        method = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
+        raise ModelError(
+            f"the weights of {folder} are quantised ({method}), so there is no FP32 reference to compare with. "
+            "Use the model as it was before quantisation."
+        )
     return config
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoprec.classes import class_profile
 from autoprec.errors import ModelError
 from autoprec.facts import facts_of
 from autoprec.models import CataloguedModel, catalogued_facts, catalogued_profile, find_model, fits_installed
 from autoprec.predict.skeleton import skeleton_profile
-from autoprec.probe.checkpoint import read_config
+from autoprec.probe.checkpoint import checked_config, read_config
 from autoprec.probe.hub import model_folder
 from autoprec.probe.userfile import is_function
 from autoprec.records import ModelFacts, ModelProfile
@@ -27,7 +28,8 @@ def described_model(model: str, *, trust_remote_code: bool = False) -> tuple[Mod
 
     A folder, `demo` and file.py:function are read as they are. Then the catalogue answers, without torch, transformers
     or network; where it was made with another transformers and the model's files are in the hub's cache, those do. What
-    is not catalogued comes from the hub: its configuration on the meta device.
+    is not catalogued comes from the hub. Of a configuration alone come the units of widely used classes (`classes`);
+    of others they are those of the class on the meta device.
 
     Raises:
         ModelError: as `load_skeleton`.
@@ -42,6 +44,11 @@ def described_model(model: str, *, trust_remote_code: bool = False) -> tuple[Mod
                 f"the units of {model} are those of transformers {made}, and {here} is installed here: a plan that "
                 "does not fit its classes is refused when applied"
             )
+    if not trust_remote_code and not is_function(model):
+        folder, _ = model_folder(model, weights=False)
+        known = class_profile(checked_config(folder), model)
+        if known is not None:
+            return known, None
     from autoprec.probe.loading import load_skeleton
     from autoprec.probe.units import probe_units
 
@@ -51,8 +58,8 @@ def described_model(model: str, *, trust_remote_code: bool = False) -> tuple[Mod
 def describe(model: nn.Module | str) -> tuple[ModelProfile, ModelFacts | None]:
     """Return a model's profile and its facts, None where it has no configuration.
 
-    Of a name only the configuration is read, without torch or transformers: the catalogue's, whose units are those of
-    its class, else the model's own, with the units that its facts imply. A module's are its own.
+    Of a name only the configuration is read, without torch or transformers: the catalogue's, or the model's own, whose
+    units are those of its class where that is widely used, else those that its facts imply. A module's are its own.
 
     Raises:
         ModelError: the model cannot be found, or has no layer whose format could be chosen.
@@ -63,7 +70,7 @@ def describe(model: nn.Module | str) -> tuple[ModelProfile, ModelFacts | None]:
         folder, name = model_folder(model, weights=False)
         config = read_config(folder)
         facts = facts_of(config, name)
-        return skeleton_profile(facts, _class_name(config)), facts
+        return class_profile(config, name) or skeleton_profile(facts, _class_name(config)), facts
     from autoprec.probe.loading import load_skeleton
     from autoprec.probe.units import probe_units
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from autoprec.errors import AutoprecError, DeviceError, ModelError
-from autoprec.probe.checkpoint import check_weights, read_config, refuse_remote_code
+from autoprec.probe.checkpoint import check_weights, checked_config
 from autoprec.probe.hub import model_folder
 from autoprec.probe.quiet import quiet
 from autoprec.probe.task import detect_task
@@ -65,7 +65,7 @@ def load_model(
         loaded = _from_function(model, task)
     else:
         folder, name = model_folder(model, weights=True, code=trust_remote_code)
-        config = _checked_config(folder, trust_remote_code)
+        config = checked_config(folder, trust_remote_code)
         check_weights(folder)
         loaded = _from_folder(folder, name, config, task, trust_remote_code)
     _check_finite(loaded.model, model)
@@ -93,7 +93,7 @@ def load_skeleton(model: str, *, trust_remote_code: bool = False) -> nn.Module:
     if is_function(model):
         return _from_function(model, None).model
     folder, name = model_folder(model, weights=False, code=trust_remote_code)
-    config = _checked_config(folder, trust_remote_code)
+    config = checked_config(folder, trust_remote_code)
 
     def build() -> nn.Module:
         settings, chosen, _ = _choose(folder, config, None, trust_remote_code)
@@ -116,20 +116,6 @@ def _from_function(model: str, task: Task | None) -> LoadedModel:
         )
     known = task or getattr(value, "task", None) or detect_task(type(found).__name__, getattr(found, "config", None))
     return LoadedModel(found, None, model, known or Task.ENCODER)
-
-
-def _checked_config(folder: Path, trust_remote_code: bool) -> Mapping[str, Any]:
-    config = read_config(folder)
-    if not trust_remote_code:
-        refuse_remote_code(folder, config)
-    if "quantization_config" in config:
-        method = config["quantization_config"]
-        method = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
-        raise ModelError(
-            f"the weights of {folder} are quantised ({method}), so there is no FP32 reference to compare with. "
-            "Use the model as it was before quantisation."
-        )
-    return config
 
 
 def _from_folder(

@@ -17,7 +17,17 @@ from autoprec.records.facts import Architecture, ModelFacts
 from autoprec.records.figures import STRICT, Estimate, Figure, Origin
 from autoprec.records.measured import Measurement, MeasurementOrigins, Mode, TaskMetric
 from autoprec.records.memory import BatchFit, MemoryBreakdown, MemoryParts, Moment, Remedy, UnitMemory
-from autoprec.records.model import Leaf, LeafKind, ModelProfile, Pinned, Role, Task, Unit, role_formats
+from autoprec.records.model import (
+    Leaf,
+    LeafKind,
+    ModelProfile,
+    Pinned,
+    Role,
+    Task,
+    Unit,
+    role_formats,
+    structure_fingerprint,
+)
 from autoprec.records.planned import Evidence, GradScalerSettings, PlanDevice, PlanDiff, PlanModel, PlanUnit
 from autoprec.records.searched import (
     Confirmed,
@@ -120,4 +130,5 @@ __all__ = [
     "VerdictDecision",
     "Verification",
     "role_formats",
+    "structure_fingerprint",
 ]

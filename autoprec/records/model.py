@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
@@ -18,6 +21,7 @@ __all__ = [
     "Task",
     "Unit",
     "role_formats",
+    "structure_fingerprint",
 ]
 
 
@@ -123,3 +127,14 @@ def role_formats(role: Role) -> tuple[Format, ...]:
     if role in (Role.EMBEDDING, Role.CONV):
         return (Format.FP32, Format.BF16, Format.FP16)
     return tuple(Format)
+
+
+def structure_fingerprint(modules: Iterable[Sequence[object]], ties: Iterable[Iterable[str]]) -> str:
+    """Return the sha256 of a structure.
+
+    Args:
+        modules: of each its name, its class, and its parameters as sorted pairs of name and shape.
+        ties: names of parameters that are one.
+    """
+    rows, groups = sorted(modules, key=str), sorted(sorted(group) for group in ties)
+    return hashlib.sha256(json.dumps([rows, groups], separators=(",", ":")).encode()).hexdigest()

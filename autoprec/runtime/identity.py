@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import cast
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from autoprec.errors import ModelError
+from autoprec.records import structure_fingerprint
 
 __all__ = [
     "aliases",
@@ -165,13 +165,11 @@ def fingerprint(model: nn.Module) -> str:
     configuration values that leave no trace in shapes (such as dropout) are not in it.
     """
     modules = canonical_modules(model)
-    rows: list[object] = []
+    rows: list[list[object]] = []
     for name, module in modules.items():
         shapes = {k: list(p.shape) for k, p in module._parameters.items() if p is not None}
         rows.append([name, base_class(module).__name__, sorted(shapes.items())])
-    ties = sorted(sorted(group) for group in _tied(modules))
-    text = json.dumps([sorted(rows, key=str), ties], separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return structure_fingerprint(rows, _tied(modules))
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,0 +1,1 @@
+"""What transformers builds of widely used classes, sizes left open; `docs/models.md`."""
