@@ -4,8 +4,8 @@
 
 `minilm`: the spam classifier on 40 batches of 8 mails of up to 64 tokens, 200 steps. `smollm2`: LoRA (rank 8, all
 projections) on 2 windows of 64 tokens, or --batch-size of --seq-len, 60 steps. `demo`: the demo GPT, all weights, 200
-steps. `overflow`: SmolLM2 with the FFNs' gate products 4096 times as large and their output weights as much smaller:
-the same function, but past FP16's 65,504. Plans are those for --device, whose arithmetic is emulated unless it is
+steps. `overflow`: SmolLM2 with the FFNs' gate products 4096 times as large and their output weights as much smaller, in
+all blocks or every --every'th: the same function, but past FP16's 65,504. Plans are those for --device, whose arithmetic is emulated unless it is
 `cuda`: uniform BF16, FP16 and FP8 (tensorwise); BF16 weights without FP32 copies (`cast bf16`) where all weights are
 trained; a plan, that of --plan or of a search of --budget; and FP16 and FP8 but for the units that overflow or lose
 most by it, as `probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False
@@ -67,8 +67,8 @@ def minilm(device: str = "cpu") -> Workload:
     return Workload(model, batches, mode="train", outputs="logits", task="classification", model_id="minilm-spam")
 
 
-def smollm2(device: str = "cpu", loud: bool = False, **size: int) -> Workload:
-    """Return SmolLM2 with LoRA adapters on an Austen novel; `loud` scales what goes into each FFN's last layer."""
+def smollm2(device: str = "cpu", loud: bool = False, every: int = 1, **size: int) -> Workload:
+    """Return SmolLM2 with LoRA adapters on an Austen novel; `loud` scales what goes into FFNs' last layers."""
     from peft import LoraConfig, get_peft_model
 
     cache = default_cache()
@@ -78,7 +78,7 @@ def smollm2(device: str = "cpu", loud: bool = False, **size: int) -> Workload:
     model: Any = found.model
     if loud:
         with torch.no_grad():
-            for layer in model.model.layers:
+            for layer in model.model.layers[every - 1 :: every]:
                 layer.mlp.up_proj.weight.mul_(4096.0)  # powers of two: no bit of any result changes in FP32
                 layer.mlp.down_proj.weight.div_(4096.0)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--batch-size", type=int, help="of smollm2 and overflow")
     parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--every", type=int, help="of overflow: blocks that are scaled")
     parser.add_argument(
         "--probe-seconds", type=float, help="of plans but for sensitive units; default: the probe's own"
     )
@@ -174,7 +175,7 @@ def main() -> None:
     here = asked.device == "cuda"
     device = probe_device(asked.device) if here else find_device(asked.device)
     for name in asked.models or ["minilm", "smollm2"]:
-        size = {key: value for key in ("batch_size", "seq_len") if (value := vars(asked)[key])}
+        size = {key: value for key in ("batch_size", "seq_len", "every") if (value := vars(asked)[key])}
         workload = WORKLOADS[name]("cuda" if here else "cpu", **size)
         train = partial(
             confirm_training,
