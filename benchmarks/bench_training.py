@@ -5,12 +5,13 @@
 `minilm`: the spam classifier on 40 batches of 8 mails of up to 64 tokens, 200 steps. `smollm2`: LoRA (rank 8, all
 projections) on 2 windows of 64 tokens, or --batch-size of --seq-len, 60 steps. `demo`: the demo GPT, all weights, 200
 steps. `overflow`: SmolLM2 with the FFNs' gate products 4096 times as large and their output weights as much smaller, in
-all blocks or every --every'th: the same function, but past FP16's 65,504. Plans are those for --device, whose arithmetic is emulated unless it is
-`cuda`: uniform BF16, FP16 and FP8 (tensorwise); BF16 weights without FP32 copies (`cast bf16`) where all weights are
-trained; a plan, that of --plan or of a search of --budget; and FP16 and FP8 but for the units that overflow or lose
-most by it, as `probe_sensitivity` has them, which run in BF16 until the sum of the others is within 0.25 %. False
-alarms: FP32 runs of twice the seeds, split in two at random, 20 times; how often one half is called worse. What is
-complete is written as it comes; results for another device than the default carry its name.
+all blocks or every --every'th: the same function, but past FP16's 65,504. Plans are those for --device, whose
+arithmetic is emulated unless it is `cuda`: uniform BF16, FP16 and FP8 (tensorwise); BF16 weights without FP32 copies
+(`cast bf16`) where all weights are trained; a plan, that of --plan or of a search of --budget; and FP16 and FP8 but for
+the units that overflow or lose most by it, as `probe_sensitivity` has them, which run in BF16 until the sum of the
+others is within 0.25 %. False alarms: FP32 runs of twice the seeds, split in two at random, 20 times; how often one
+half is called worse. What is complete is written as it comes; results for another device than the default carry its
+name.
 """
 
 from __future__ import annotations
