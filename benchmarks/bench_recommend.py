@@ -1,7 +1,8 @@
 """What `autoprec recommend` takes on a catalogued device: CPU time and peak memory.
 
 Writes benchmarks/results/recommend.json. The limits the project sets itself: 3 s and 300 MB for a model of the
-catalogue, 8 s for a local one (`demo`), whose modules are built.
+catalogue, 8 s for a local one: `demo`, whose class is one of `profiles/classes`, and a folder with the configuration of
+OPT-125M, whose modules transformers builds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from statistics import median
 
 from record import ROOT, write_result
 
-MODELS = ("openai-community/gpt2", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "demo")
+from autoprec.models import find_model
+
+BUILT = "facebook/opt-125m"
+MODELS = ("openai-community/gpt2", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "demo", f"./{BUILT}")
 DEVICE = "h100-sxm"
 RUNS = 5
 
@@ -39,6 +43,10 @@ def recommend(model: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
+        local, known = Path(folder) / BUILT, find_model(BUILT)
+        assert known is not None
+        local.mkdir(parents=True)
+        (local / "config.json").write_text(json.dumps(known.configuration))
         for model in MODELS:
             runs = [recommend(model, Path(folder)) for _ in range(RUNS)]
             figures[model] = {
