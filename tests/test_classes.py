@@ -143,6 +143,7 @@ def test_a_folder_is_described_without_torch_and_fits_its_model(tmp_path: Path) 
     [
         ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "runs code of its own"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
+        ({"hidden_size": 0}, "have no weights .first: model.embed_tokens.. A size in its configuration is 0"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_as_before(change: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -189,9 +189,9 @@ def test_another_transformers_is_said_and_cached_files_are_then_preferred(
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(loading, "load_skeleton", real_way)
-    monkeypatch.setattr(described, "model_folder", lambda name, **_: (snapshot, name))
     snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
+    monkeypatch.setattr(described, "model_folder", lambda name, **_: (snapshot, name))
     (snapshot / "config.json").write_text("{}")
     assert described_model("gpt2") == (catalogued_profile("gpt2"), None)  # the same transformers: no need to look
     monkeypatch.setattr(described, "fits_installed", lambda _: (False, "4.0.0", version("transformers")))

@@ -67,8 +67,14 @@ def probe_units(model: nn.Module, *, model_id: str | None = None) -> ModelProfil
 
 
 def _check(modules: Mapping[str, nn.Module], inventory: Inventory) -> None:
-    if inventory.leaves:
+    if any(leaf.parameters for leaf in inventory.leaves.values()):
         return
+    if inventory.leaves:
+        first = next(iter(inventory.leaves))
+        raise ModelError(
+            f"the layers of the model ({base_class(modules['']).__name__}) have no weights (first: {first}). A size in "
+            "its configuration is 0."
+        )
     owners = [m for m in modules.values() if any(p is not None and p.dim() > 1 for p in m._parameters.values())]
     owned = ""
     if owners:

@@ -61,13 +61,16 @@ class Budget:
         now = time.monotonic()
         return max(self.started + self.seconds + self.each_seconds, now + _PATIENT * self.each_seconds + _LEAST_SECONDS)
 
-    def expect(self, look: FirstLook, measurements: int) -> None:
+    def expect(self, look: FirstLook, measurements: int, *, timed: bool) -> None:
         """Learn from a first look what a measurement takes, and refuse a budget that cannot hold `measurements`.
+
+        Args:
+            timed: steps are timed, as on a device that is here.
 
         Raises:
             StudyError: what it would take, and what to try.
         """
-        self.each_seconds = look.measurement_seconds
+        self.each_seconds = look.drop_seconds + (look.timing_seconds if timed else 0.0)
         need = self.elapsed + measurements * self.each_seconds
         if need > self.seconds:
             raise StudyError(
@@ -82,7 +85,8 @@ class FirstLook:
     """What one reference step took, what a measurement made of such steps will take, and what the model puts out."""
 
     step_seconds: float
-    measurement_seconds: float
+    drop_seconds: float
+    timing_seconds: float
     kind: ReadoutKind
     scale: float  #: what 100 % of drop is, of the first batch
 
@@ -122,7 +126,8 @@ def first_look(workload: Workload) -> FirstLook:
     pairs = 2 * step * (8 if training else max(0, 8 - batches))
     return FirstLook(
         step_seconds=step,
-        measurement_seconds=1.2 * (forwards + gradients + pairs + 4 * step),
+        drop_seconds=1.2 * (forwards + gradients),
+        timing_seconds=1.2 * (pairs + 4 * step),
         kind=read.kind,
         scale=max(summary.reference_loss or 0.0, summary.reference_entropy or 0.0) or 1.0,
     )

@@ -164,7 +164,7 @@ def _prepare(
     )
     look = worker.first_look() if worker else first_look(workload)
     count = sum(b.plan is not None for b in plans.baselines) + 1
-    budget.expect(look, count)
+    budget.expect(look, count, timed=forecast is None)
     tell(
         Progress(
             stage="probe",
