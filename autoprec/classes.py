@@ -7,7 +7,6 @@ but sizes, and what leaves no trace in names, classes and shapes, is not answere
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 from autoprec.catalog import data_files
 from autoprec.errors import ModelError
 from autoprec.facts import SIZES, facts_of
-from autoprec.formats import Format
-from autoprec.models import expand, is_installed
-from autoprec.records import Leaf, LeafKind, ModelProfile, Pinned, Role, Unit, structure_fingerprint
+from autoprec.models import expand, is_installed, read_structure, structure_profile
+from autoprec.records import ModelProfile, structure_fingerprint
 
 __all__ = ["CLASS_SCHEMA", "class_profile", "leaves_trace", "profile_by", "sizes_of"]
 
@@ -38,7 +36,7 @@ _NEUTRAL = frozenset(
 _LABELS, _TYPES = ("id2label", "label2id", "num_labels"), "type_vocab_size"
 #: kinds of layers that are built alike
 _LAYERS, _ALIKE = "layer_types", {"full_attention", "sliding_attention"}
-_FREE = _NEUTRAL.union({_TIE, _TYPES, _LAYERS, "model_type"}, _LABELS, *SIZES.values())
+_FREE = _NEUTRAL.union({_TIE, _TYPES, _LAYERS, "model_type"}, _LABELS)
 
 
 def class_profile(config: Mapping[str, Any], model_id: str) -> ModelProfile | None:
@@ -53,7 +51,7 @@ def class_profile(config: Mapping[str, Any], model_id: str) -> ModelProfile | No
     for stem, file in data_files("profiles", "classes", ending=".json").items():
         if stem.partition("-")[0] != name:
             continue
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_structure(file, CLASS_SCHEMA)
         if is_installed(known["transformers"]) and (profile := profile_by(known, config, model_id)):
             return profile
     return None
@@ -106,11 +104,12 @@ def _fits(known: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     kinds = config.get(_LAYERS)
     if not (kinds is None or (isinstance(kinds, list) and _ALIKE.issuperset(map(str, kinds)))):
         return False
-    return all(key in usual and config[key] == usual[key] for key in config if leaves_trace(key))
+    rest = (key for key in config if key not in known["size_keys"] and leaves_trace(key))
+    return all(key in usual and config[key] == usual[key] for key in rest)
 
 
 def leaves_trace(key: str) -> bool:
-    """Say whether a key of a configuration may decide about the structure, and is no size."""
+    """Say whether a key of a configuration may decide about the structure; what a family calls its sizes does."""
     return not (key in _FREE or key.startswith("_") or key.endswith("_token_id"))
 
 
@@ -128,23 +127,19 @@ def _profile(known: Mapping[str, Any], sizes: Mapping[str, int], model_id: str) 
     counts = {name: sum(math.prod(shape) for _, shape in owned) for name, _, owned in rows}
     each = {f"{name}.{key}": math.prod(shape) for name, _, owned in rows for key, shape in owned}
     twice = sum(each[parameter] for group in known["ties"] for parameter in group[1:])
-    return ModelProfile(
-        model_id=model_id,
-        class_name=known["class_name"],
-        fingerprint=structure_fingerprint(rows, known["ties"]),
-        units=tuple(
-            Unit(name, Role(role), tuple(modules), tuple(Format(f) for f in formats))
-            for name, role, modules, formats in of_all_blocks(known["units"])
-        ),
-        pinned=tuple(Pinned(tuple(of_all_blocks(modules)), reason) for reason, modules in known["pinned"]),
-        unassigned=(),
-        leaves=tuple(
-            Leaf(module, LeafKind(kind), _size(inputs, sizes), _size(outputs, sizes), counts[module])
-            for module, kind, inputs, outputs in of_all_blocks(known["leaves"])
-        ),
-        tied=tuple(tuple(group) for group in known["tied"]),
-        parameters=sum(counts.values()) - twice,
-    )
+    leaves = [
+        [module, kind, _size(inputs, sizes), _size(outputs, sizes), counts[module]]
+        for module, kind, inputs, outputs in of_all_blocks(known["leaves"])
+    ]
+    structure = {
+        **known,
+        "fingerprint": structure_fingerprint(rows, known["ties"]),
+        "parameters": sum(counts.values()) - twice,
+        "units": of_all_blocks(known["units"]),
+        "pinned": [[reason, of_all_blocks(modules)] for reason, modules in known["pinned"]],
+        "leaves": leaves,
+    }
+    return structure_profile(structure, model_id, f"class file of {known['class_name']}")
 
 
 def _size(text: int | str, sizes: Mapping[str, int]) -> int:

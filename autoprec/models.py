@@ -35,6 +35,8 @@ __all__ = [
     "model_names",
     "model_spellings",
     "models",
+    "read_structure",
+    "structure_profile",
 ]
 
 SCHEMA = "autoprec/structure@1"
@@ -110,7 +112,7 @@ def catalogued_profile(name: str) -> ModelProfile:
     stem, model = _entry(name)
     asked = name.strip().lower()
     model_id = next((known for known in model.ids if known.lower() == asked), model.id)
-    return _profile(_structure(stem), model_id, f"structure file {stem}.json")
+    return structure_profile(_structure(stem), model_id, f"structure file {stem}.json")
 
 
 def catalogued_facts(name: str) -> ModelFacts:
@@ -183,21 +185,26 @@ def _structure(stem: str) -> Mapping[str, Any]:
     files = data_files("profiles", "models", ending=".json")
     if stem not in files:
         raise ModelError(f"model file {stem}.toml has no structure: run `python benchmarks/catalogue.py {stem}`")
-    return _read_structure(files[stem])
+    return read_structure(files[stem])
 
 
-def _read_structure(file: Traversable) -> Mapping[str, Any]:
+def read_structure(file: Traversable, schema: str = SCHEMA) -> Mapping[str, Any]:
+    """Read a shipped structure of a schema.
+
+    Raises:
+        ModelError: it is damaged, or of another schema.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
         raise ModelError(f"structure file {file} cannot be read: {fault}; install autoprec again") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ModelError(f"structure file {file} is not of schema {SCHEMA}; install autoprec again")
+    if not isinstance(data, dict) or data.get("schema") != schema:
+        raise ModelError(f"structure file {file} is not of schema {schema}; install autoprec again")
     return data
 
 
-def _profile(data: Mapping[str, Any], model_id: str, what: str) -> ModelProfile:
-    """Build a profile from a structure file."""
+def structure_profile(data: Mapping[str, Any], model_id: str, what: str) -> ModelProfile:
+    """Build a profile from a structure as its files hold it; ModelError where it is damaged."""
     try:
         units = tuple(
             Unit(name, Role(role), tuple(modules), tuple(Format(f) for f in formats))

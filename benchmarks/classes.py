@@ -132,7 +132,9 @@ def class_file(name: str, *, tied: bool) -> dict[str, Any]:
         "usually_tied": bool(transformers.AutoConfig.for_model(config["model_type"]).tie_word_embeddings),
         "when_tied": [tied],
         "given": list(FAMILIES[name][1]),
-        "defaults": {key: value for key, value in config.items() if leaves_trace(key)},
+        # a size by another family's word is not this class's: it may be read, or not
+        "size_keys": sorted(FAMILIES[name][1].values()),
+        "defaults": {k: v for k, v in config.items() if leaves_trace(k) and k not in FAMILIES[name][1].values()},
         "ties": [list(group) for group in tied_parameters(model)],
         "tied": [list(group) for group in profile.tied],
         "modules": folded(modules),

@@ -105,6 +105,23 @@ def test_what_may_be_another_structure_is_not_answered(change: dict[str, Any]) -
     assert class_profile({**config, **change}, "x") is None
 
 
+@pytest.mark.parametrize(
+    ("stem", "change"),
+    [
+        ("Qwen2ForCausalLM", {"head_dim": 32}),
+        ("Phi3ForCausalLM", {"head_dim": 32}),
+        ("GPT2LMHeadModel", {"intermediate_size": 99}),
+        ("BertModel", {"num_key_value_heads": 2}),
+        (LLAMA, {"d_model": 128}),
+    ],
+    ids=str,
+)
+def test_a_size_by_another_family_s_word_is_not_answered(stem: str, change: dict[str, Any]) -> None:
+    config = configuration(stem, SIZES[0])
+    assert class_profile(config, "x") is not None
+    assert class_profile({**config, **change}, "x") is None
+
+
 def test_what_leaves_no_trace_does_not_matter() -> None:
     config = configuration(LLAMA, SIZES[0])
     other = {"rope_theta": 5e5, "torch_dtype": "float16", "unk_token_id": 7, "_name_or_path": "y", "use_cache": False}

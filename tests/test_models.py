@@ -215,13 +215,13 @@ def test_damaged_structure_files(content: str, said: str, tmp_path: Path) -> Non
     file = tmp_path / "x.json"
     file.write_text(content)
     with pytest.raises(ModelError, match=rf"x\.json {said}|x\.json is {said}"):
-        models._read_structure(file)
+        models.read_structure(file)
 
 
 @pytest.mark.parametrize("gone", ["units", "leaves", "fingerprint"])
 def test_structure_without_a_part(gone: str) -> None:
     data = json.loads((ROOT / "profiles" / "models" / "gpt2.json").read_text())
-    assert models._profile(data, "x", "file").parameters == 124_439_808
+    assert models.structure_profile(data, "x", "file").parameters == 124_439_808
     del data[gone]
     with pytest.raises(ModelError, match=f"file is damaged .*{gone}"):
-        models._profile(data, "x", "file")
+        models.structure_profile(data, "x", "file")
