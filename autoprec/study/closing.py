@@ -43,7 +43,7 @@ def _confirm(course: Course) -> None:
         return
     rows = course.measured()
     front = measured_front(on_one_clock(rows), course.plans.names)
-    course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far", closing_seconds(course))
+    course.news("confirmation", f"on {len(course.unseen.batches)} batches not used so far")
     setting = Confirming(
         unseen=course.unseen,
         drop_unit=course.drop_unit,

@@ -47,7 +47,8 @@ def trained_worse(course: Course, name: str, plan: Plan) -> str | None:
 
 def _trained(course: Course, name: str, plan: Plan) -> TrainingConfirmation | None:
     """Train as many steps as the budget has time for; None where these are too few."""
-    if _expected(course).seconds(_FEWEST, SEEDS) > 2 * course.budget.left:  # not worth the steps that tell the pace
+    # a guess that may be off by the emulation's own factor: past that the steps that tell the pace are not worth it
+    if _expected(course).seconds(_FEWEST, SEEDS) > _EMULATED * course.budget.left:
         return None
     unseen = course.unseen.batches if course.unseen is not None else ()
     workload = course.workload.with_batches([*course.workload.batches, *unseen])
