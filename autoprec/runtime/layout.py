@@ -100,9 +100,11 @@ def swaps_of_units(
         containers: what `holders` gives for the whole plan; a unit in FP8 is none.
         uniform: every unit has the ambient format, so that experts run as autocast runs them.
     """
-    root, own = _root(plan), {id(unit) for unit in units}
+    root, own, fp8 = _root(plan), {id(unit) for unit in units}, {}
+    if any(unit.format is Format.FP8 for unit in units):
+        fp8 = {"recipe": plan.fp8_recipe, "emulate": emulated, "family": _family(plan)}
     for unit in units:
-        yield from _unit_swaps(plan, unit, modules, containers, root, emulated, uniform)
+        yield from _unit_swaps(plan, unit, modules, containers, root, fp8, uniform)
     for path, unit in containers.items():
         if id(unit) not in own:
             continue
@@ -126,7 +128,7 @@ def _unit_swaps(
     modules: Mapping[str, nn.Module],
     containers: Mapping[str, PlanUnit],
     root: Format | None,
-    emulated: bool,
+    fp8: Mapping[str, Any],
     uniform: bool,
 ) -> Iterator[Swap]:
     """Yield the leaf scopes of a unit: those whose surroundings do not give the unit's format."""
@@ -143,8 +145,7 @@ def _unit_swaps(
                 yield Swap(name, LookupScope, {"dtype": _dtype(unit.format), "stream": _dtype(plan.stream)})
         elif unit.format is Format.FP8:
             if not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-                settings = {"dtype": _dtype(plan.ambient), "stream": stream, "recipe": plan.fp8_recipe}
-                yield Swap(name, _fp8_kind(leaf), settings | {"emulate": emulated, "family": _family(plan)})
+                yield Swap(name, _fp8_kind(leaf), {"dtype": _dtype(plan.ambient), "stream": stream, **fp8})
         elif is_packed(leaf):
             yield Swap(name, QuantizedScope, {"dtype": _dtype(unit.format), "stream": stream})
         elif holds_experts(leaf):
