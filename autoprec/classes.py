@@ -17,26 +17,32 @@ from autoprec.facts import SIZES, facts_of
 from autoprec.models import expand, is_installed, read_structure, structure_profile
 from autoprec.records import ModelProfile, structure_fingerprint
 
-__all__ = ["CLASS_SCHEMA", "class_profile", "leaves_trace", "profile_by", "sizes_of"]
+__all__ = ["CLASS_SCHEMA", "NEUTRAL", "class_profile", "leaves_trace", "profile_by", "side_of", "sizes_of"]
 
 CLASS_SCHEMA = "autoprec/class@1"
 _TIE = "tie_word_embeddings"
 #: keys that leave no trace in the structure of any class of the folder
-_NEUTRAL = frozenset(
+NEUTRAL = frozenset(
     {
-        "architectures", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout",
-        "dtype", "embd_pdrop", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
-        "initializer_factor", "initializer_range", "layer_norm_eps", "layer_norm_epsilon", "max_window_layers",
-        "n_ctx", "norm_eps", "position_embedding_type", "pretraining_tp", "problem_type", "resid_pdrop",
-        "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "task_specific_params",
-        "tie_weights_", "torch_dtype", "transformers_version", "use_cache", "use_sliding_window",
+        "activation_dropout", "architectures", "attention_dropout", "attention_multiplier",
+        "attention_probs_dropout_prob", "attn_logit_softcapping", "attn_pdrop", "classifier_dropout", "clip_qkv",
+        "dropout", "dtype", "embd_pdrop", "embedding_dropout", "embedding_multiplier", "final_logit_softcapping",
+        "finetuning_task", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "init_std",
+        "initializer_factor", "initializer_range", "layer_norm_eps", "layer_norm_epsilon", "layerdrop", "logit_scale",
+        "logits_scaling", "max_window_layers", "n_ctx", "no_rope_layer_interval", "no_rope_layers", "norm_eps",
+        "norm_epsilon", "num_experts_per_tok", "output_attentions", "output_hidden_states", "output_router_logits",
+        "partial_rotary_factor", "position_embedding_type", "pretraining_tp", "problem_type", "query_pre_attn_scalar",
+        "resid_pdrop", "residual_dropout", "residual_multiplier", "return_dict", "rms_norm_eps", "rope_local_base_freq",
+        "rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "router_aux_loss_coef", "router_jitter_noise",
+        "sliding_window", "sliding_window_pattern", "task_specific_params", "tie_weights_", "torch_dtype",
+        "transformers_version", "use_cache", "use_sliding_window",
     }
 )  # fmt: skip
 #: sizes that are no facts of a model
 _LABELS, _TYPES = ("id2label", "label2id", "num_labels"), "type_vocab_size"
 #: kinds of layers that are built alike
 _LAYERS, _ALIKE = "layer_types", {"full_attention", "sliding_attention"}
-_FREE = _NEUTRAL.union({_TIE, _TYPES, _LAYERS, "model_type"}, _LABELS)
+_FREE = NEUTRAL.union({_TIE, _TYPES, _LAYERS, "model_type"}, _LABELS)
 
 
 def class_profile(config: Mapping[str, Any], model_id: str) -> ModelProfile | None:
@@ -60,7 +66,9 @@ def class_profile(config: Mapping[str, Any], model_id: str) -> ModelProfile | No
 def profile_by(known: Mapping[str, Any], config: Mapping[str, Any], model_id: str) -> ModelProfile | None:
     """Return the profile of a configuration by a class's file; None where the file does not hold for it."""
     sizes = sizes_of(config, known["given"]) if _fits(known, config) else None
-    return None if sizes is None else _profile(known, sizes, model_id)
+    if sizes is None or any(config.get(key) != sizes["hidden"] for key in known["as_wide"]):
+        return None
+    return _profile(known, sizes, model_id)
 
 
 def sizes_of(config: Mapping[str, Any], given: Sequence[str] = ()) -> dict[str, int] | None:
@@ -89,8 +97,8 @@ def sizes_of(config: Mapping[str, Any], given: Sequence[str] = ()) -> dict[str, 
         "types": config.get(_TYPES, 0),
     }
     whole = all(isinstance(size, int) and size >= 0 for size in sizes.values()) and facts.hidden % facts.heads == 0
-    # a head as wide as the stream is told from other layers by more than its size
-    return sizes if whole and facts.hidden not in (sizes["vocab"], sizes["labels"]) else None
+    # a head as wide as the stream, or labels as many as words, are told apart by more than their sizes
+    return sizes if whole and len({facts.hidden, sizes["vocab"], sizes["labels"]}) == 3 else None
 
 
 def _fits(known: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -104,7 +112,8 @@ def _fits(known: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     kinds = config.get(_LAYERS)
     if not (kinds is None or (isinstance(kinds, list) and _ALIKE.issuperset(map(str, kinds)))):
         return False
-    rest = (key for key in config if key not in known["size_keys"] and leaves_trace(key))
+    named = {*known["size_keys"], *known["as_wide"]}
+    rest = (key for key in config if key not in named and leaves_trace(key))
     return all(key in usual and config[key] == usual[key] for key in rest)
 
 
@@ -121,14 +130,14 @@ def _profile(known: Mapping[str, Any], sizes: Mapping[str, int], model_id: str) 
         return list(expand(grown))
 
     rows = [
-        [name, kind, [[key, [_size(side, sizes) for side in shape]] for key, shape in owned]]
+        [name, kind, [[key, [side_of(side, sizes) for side in shape]] for key, shape in owned]]
         for name, kind, owned in of_all_blocks(known["modules"])
     ]
     counts = {name: sum(math.prod(shape) for _, shape in owned) for name, _, owned in rows}
     each = {f"{name}.{key}": math.prod(shape) for name, _, owned in rows for key, shape in owned}
     twice = sum(each[parameter] for group in known["ties"] for parameter in group[1:])
     leaves = [
-        [module, kind, _size(inputs, sizes), _size(outputs, sizes), counts[module]]
+        [module, kind, side_of(inputs, sizes), side_of(outputs, sizes), counts[module]]
         for module, kind, inputs, outputs in of_all_blocks(known["leaves"])
     ]
     structure = {
@@ -142,7 +151,7 @@ def _profile(known: Mapping[str, Any], sizes: Mapping[str, int], model_id: str) 
     return structure_profile(structure, model_id, f"class file of {known['class_name']}")
 
 
-def _size(text: int | str, sizes: Mapping[str, int]) -> int:
+def side_of(text: int | str, sizes: Mapping[str, int]) -> int:
     """Return a number, or what words such as `3*hidden` or `q+2*kv` come to."""
     if isinstance(text, int):
         return text

@@ -2,7 +2,7 @@
 
 Writes benchmarks/results/recommend.json. The limits the project sets itself: 3 s and 300 MB for a model of the
 catalogue, 8 s for a local one: `demo`, whose class is one of `profiles/classes`, and a folder with the configuration of
-OPT-125M, whose modules transformers builds.
+GPT-Neo-125M, whose modules transformers builds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from record import ROOT, write_result
 
 from autoprec.models import find_model
 
-BUILT = "facebook/opt-125m"
+BUILT = "EleutherAI/gpt-neo-125m"
 MODELS = ("openai-community/gpt2", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "demo", f"./{BUILT}")
 DEVICE = "h100-sxm"
 RUNS = 5

@@ -19,7 +19,7 @@ import torch
 import transformers
 from catalogue import FOLDER, folded, lines
 
-from autoprec.classes import CLASS_SCHEMA, leaves_trace, profile_by, sizes_of
+from autoprec.classes import CLASS_SCHEMA, leaves_trace, profile_by, side_of, sizes_of
 from autoprec.probe.units import probe_units
 from autoprec.runtime.identity import base_class, canonical_modules, tied_parameters
 
@@ -47,8 +47,10 @@ SIZED = (
         "positions": 640,
     },
 )
-OTHERS = ({"num_labels": 7, "type_vocab_size": 5}, {"num_labels": 3, "type_vocab_size": 2})
-WORDS = ("hidden", "ffn", "q", "kv", "head", "vocab", "positions", "labels", "types", "3*hidden", "2*ffn", "q+2*kv")
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+OTHERS = ({"num_labels": 7, "type_vocab_size": 5, **TOKENS}, {"num_labels": 3, "type_vocab_size": 2, **TOKENS})
+PLAIN = ("hidden", "ffn", "q", "kv", "head", "vocab", "positions", "labels", "types")
+WORDS = (*PLAIN, "3*hidden", "2*ffn", "q+2*kv", "positions+2")
 #: classes by family, each with its families' own words for sizes
 LLAMA = dict(
     hidden="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", kv_heads="num_key_value_heads",
@@ -62,14 +64,30 @@ DISTILBERT = dict(
     hidden="dim", layers="n_layers", heads="n_heads", ffn="hidden_dim", vocab="vocab_size",
     positions="max_position_embeddings",
 )  # fmt: skip
+OPT = {**BERT, "ffn": "ffn_dim"}
+BLOOM = dict(hidden="hidden_size", layers="n_layer", heads="n_head", vocab="vocab_size")
+NO_HEAD_DIM = {key: name for key, name in LLAMA.items() if key != "head_dim"}
 FAMILIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "LlamaForCausalLM": ("llama", LLAMA),
     "MistralForCausalLM": ("mistral", LLAMA),
-    "Qwen2ForCausalLM": ("qwen2", {k: v for k, v in LLAMA.items() if k != "head_dim"}),
+    "Qwen2ForCausalLM": ("qwen2", NO_HEAD_DIM),
     "Qwen3ForCausalLM": ("qwen3", LLAMA),
     "GemmaForCausalLM": ("gemma", LLAMA),
     "Gemma2ForCausalLM": ("gemma2", LLAMA),
-    "Phi3ForCausalLM": ("phi3", {k: v for k, v in LLAMA.items() if k != "head_dim"}),
+    "Phi3ForCausalLM": ("phi3", NO_HEAD_DIM),
+    "LlamaForSequenceClassification": ("llama", LLAMA),
+    "Gemma3ForCausalLM": ("gemma3_text", LLAMA),
+    "MixtralForCausalLM": ("mixtral", LLAMA),
+    "SmolLM3ForCausalLM": ("smollm3", NO_HEAD_DIM),
+    "Olmo2ForCausalLM": ("olmo2", NO_HEAD_DIM),
+    "GraniteForCausalLM": ("granite", NO_HEAD_DIM),
+    "CohereForCausalLM": ("cohere", NO_HEAD_DIM),
+    "StableLmForCausalLM": ("stablelm", NO_HEAD_DIM),
+    "Starcoder2ForCausalLM": ("starcoder2", NO_HEAD_DIM),
+    "PhiForCausalLM": ("phi", NO_HEAD_DIM),
+    "OPTForCausalLM": ("opt", OPT),
+    "BloomForCausalLM": ("bloom", BLOOM),
+    "GPTJForCausalLM": ("gptj", GPT2),
     "GPTNeoXForCausalLM": ("gpt_neox", BERT),
     "GPT2LMHeadModel": ("gpt2", GPT2),
     "BertModel": ("bert", BERT),
@@ -78,6 +96,11 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "RobertaForMaskedLM": ("roberta", BERT),
     "RobertaForSequenceClassification": ("roberta", BERT),
     "XLMRobertaForSequenceClassification": ("xlm-roberta", BERT),
+    "BertForTokenClassification": ("bert", BERT),
+    "BertForQuestionAnswering": ("bert", BERT),
+    "RobertaModel": ("roberta", BERT),
+    "XLMRobertaModel": ("xlm-roberta", BERT),
+    "XLMRobertaForMaskedLM": ("xlm-roberta", BERT),
     "DistilBertForMaskedLM": ("distilbert", DISTILBERT),
     "DistilBertForSequenceClassification": ("distilbert", DISTILBERT),
 }
@@ -103,9 +126,7 @@ def words_of(sizes: Mapping[str, int]) -> dict[int, str]:
     """Return what each number is called; of two names for one, the first."""
     known: dict[int, str] = {}
     for text in WORDS:
-        terms = [term.split("*") for term in text.split("+")]
-        value = sum(int(term[0]) * sizes[term[1]] if len(term) == 2 else sizes[term[0]] for term in terms)
-        known.setdefault(value, text)
+        known.setdefault(side_of(text, sizes), text)
     return known
 
 
@@ -116,6 +137,7 @@ def class_file(name: str, *, tied: bool) -> dict[str, Any]:
     assert sizes is not None
     profile, words = probe_units(model), words_of(sizes)
     word = lambda side: words.get(side, side)  # noqa: E731
+    rest = {k: v for k, v in config.items() if leaves_trace(k) and k not in FAMILIES[name][1].values()}
     modules = [
         [
             path,
@@ -134,7 +156,9 @@ def class_file(name: str, *, tied: bool) -> dict[str, Any]:
         "given": list(FAMILIES[name][1]),
         # a size by another family's word is not this class's: it may be read, or not
         "size_keys": sorted(FAMILIES[name][1].values()),
-        "defaults": {k: v for k, v in config.items() if leaves_trace(k) and k not in FAMILIES[name][1].values()},
+        "defaults": {k: v for k, v in rest.items() if v != sizes["hidden"]},
+        # what takes the width's value where nothing else is said
+        "as_wide": [k for k, v in rest.items() if v == sizes["hidden"]],
         "ties": [list(group) for group in tied_parameters(model)],
         "tied": [list(group) for group in profile.tied],
         "modules": folded(modules),

@@ -23,32 +23,38 @@ from autoprec.records import LeafKind
 
 FOLDER = Path(__file__).parent.parent / "profiles" / "classes"
 FILES = {file.stem: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}
-#: where a family does not call it `intermediate_size`
-FFN = {"gpt2": "n_inner", "distilbert": "hidden_dim"}
-#: blocks, width, heads, of them for keys, FFN, vocabulary, positions, labels, types: usual and unusual ones
+#: what families call their sizes, in the order of `SIZES`
+KEYS = [
+    ("num_hidden_layers", "n_layer", "n_layers"),
+    ("hidden_size", "n_embd", "dim"),
+    ("num_attention_heads", "n_head", "n_heads"),
+    ("num_key_value_heads",),
+    ("head_dim",),
+    ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim"),
+    ("vocab_size",),
+    ("max_position_embeddings", "n_positions"),
+]
+#: usual and unusual ones; then labels and types
 SIZES = [
-    (2, 64, 4, 2, 192, 300, 128, 2, 2),
-    (1, 96, 6, 6, 96, 1001, 96, 1, 1),
-    (5, 48, 2, 1, 24, 24, 48, 9, 3),
+    (2, 64, 4, 2, 16, 192, 300, 128, 2, 2),
+    (1, 96, 6, 6, 24, 96, 1001, 96, 1, 1),
+    (5, 48, 2, 1, 24, 24, 24, 48, 9, 3),
 ]
 
 
 def configuration(stem: str, sizes: tuple[int, ...], *, whole: bool = True) -> dict[str, Any]:
     """Return what transformers writes of a class; `whole`: with what the class has by itself."""
     known = FILES[stem]
-    layers, hidden, heads, kv_heads, ffn, vocab, positions, labels, types = sizes
-    family = known["model_type"]
-    plain = family in ("bert", "roberta", "xlm-roberta", "distilbert", "gpt2", "gpt_neox")
-    own = {} if plain else {"num_key_value_heads": kv_heads}
-    own |= {"type_vocab_size": types} if "bert" in family and family != "distilbert" else {}
-    own |= {"head_dim": 24} if family in ("gemma", "gemma2", "qwen3") else {}
+    *own, labels, types = sizes
+    given = {key: size for keys, size in zip(KEYS, own, strict=True) for key in keys if key in known["size_keys"]}
+    if "type_vocab_size" in transformers.AutoConfig.for_model(known["model_type"]).to_dict():
+        given["type_vocab_size"] = types
     config = transformers.AutoConfig.for_model(
-        family, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab,
-        max_position_embeddings=positions, num_labels=labels, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=known["when_tied"][0], **{FFN.get(family, "intermediate_size"): ffn}, **own,
+        known["model_type"], num_labels=labels, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=known["when_tied"][0], **given,
     )  # fmt: skip
     written: dict[str, Any] = json.loads(config.to_json_string(use_diff=not whole))
-    return {**written, "model_type": family, "architectures": [known["class_name"]]}
+    return {**written, "model_type": known["model_type"], "architectures": [known["class_name"]]}
 
 
 def built(config: dict[str, Any]) -> torch.nn.Module:
@@ -93,7 +99,8 @@ LLAMA = "LlamaForCausalLM"
         {"attention_bias": True}, {"hidden_act": "gelu"}, {"something_new": 1}, {"model_type": "mistral"},
         {"architectures": ["LlamaForTokenClassification"]}, {"architectures": []}, {"architectures": None},
         {"intermediate_size": None}, {"hidden_size": 65}, {"hidden_size": "64"}, {"hidden_size": -64},
-        {"vocab_size": 64}, {"num_hidden_layers": 0}, {"layer_types": ["linear_attention", "full_attention"]},
+        {"vocab_size": 64}, {"vocab_size": 2}, {"num_hidden_layers": 0},
+        {"layer_types": ["linear_attention", "full_attention"]},
         {"tie_word_embeddings": "yes"}, {"vocab_size": True}, {"quantization_config": {"quant_method": "awq"}},
         {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, {"layer_types": 3},
     ],
@@ -113,10 +120,12 @@ def test_what_may_be_another_structure_is_not_answered(change: dict[str, Any]) -
         ("GPT2LMHeadModel", {"intermediate_size": 99}),
         ("BertModel", {"num_key_value_heads": 2}),
         (LLAMA, {"d_model": 128}),
+        ("OPTForCausalLM", {"word_embed_proj_dim": 32}),
+        ("OPTForCausalLM", {"word_embed_proj_dim": None}),
     ],
     ids=str,
 )
-def test_a_size_by_another_family_s_word_is_not_answered(stem: str, change: dict[str, Any]) -> None:
+def test_a_size_by_another_word_is_not_answered(stem: str, change: dict[str, Any]) -> None:
     config = configuration(stem, SIZES[0])
     assert class_profile(config, "x") is not None
     assert class_profile({**config, **change}, "x") is None
@@ -126,6 +135,21 @@ def test_what_leaves_no_trace_does_not_matter() -> None:
     config = configuration(LLAMA, SIZES[0])
     other = {"rope_theta": 5e5, "torch_dtype": "float16", "unk_token_id": 7, "_name_or_path": "y", "use_cache": False}
     assert class_profile({**config, **other}, "x") == class_profile(config, "x")
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_what_is_said_to_leave_no_trace_leaves_none(stem: str) -> None:
+    config = configuration(stem, SIZES[0])
+
+    def other(value: Any) -> Any:
+        return (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 + 0.125
+
+    changed = {
+        key: other(value) for key, value in config.items() if key in classes.NEUTRAL and isinstance(value, int | float)
+    }
+    assert changed.keys() & {"use_cache", "initializer_range", "init_std"}
+    assert probe_units(built({**config, **changed}), model_id="x") == probe_units(built(config), model_id="x")
+    assert class_profile({**config, **changed}, "x") == class_profile(config, "x")
 
 
 def test_another_transformers_builds_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
