@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")  # what tests find out is not the user's
-os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="autoprec-tests-")
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"])
 # a search elsewhere on this machine, or one that was stopped, shall not have tests wait for its turn
-os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="autoprec-tests-")
+os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"])
 # of tests side by side, two threads would wait for the others'; commands they start read the variable
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
@@ -26,6 +27,10 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

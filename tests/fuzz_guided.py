@@ -1,8 +1,8 @@
 """Mutations of one kind of file, guided by the coverage of autoprec's own code; run by `test_fuzz.py`.
 
-    python tests/fuzz_guided.py KIND RUNS
+    python tests/fuzz_guided.py KIND RUNS FOLDER
 
-Exit code 0 where `fuzzing.assert_safe` held for all of them; else the one that broke it is kept and named.
+Exit code 0 where `fuzzing.assert_safe` held for all of them; else the one that broke it is kept in the empty FOLDER.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +20,7 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["autoprec"]):
         from fuzzing import assert_safe, kinds, replaced
-    kind, runs = kinds()[sys.argv[1]], int(sys.argv[2])
-    corpus = Path(tempfile.mkdtemp(prefix="fuzz-corpus-"))
+    kind, runs, corpus = kinds()[sys.argv[1]], int(sys.argv[2]), Path(sys.argv[3])
     (corpus / kind.name).write_bytes(kind.sound)
 
     def mutate(content: bytes, longest: int, seed: int) -> bytes:

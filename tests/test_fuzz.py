@@ -66,9 +66,9 @@ def test_twenty_thousand_damaged_files_give_our_own_errors(name: str, data: st.D
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", list(kinds()))
-def test_damage_guided_by_coverage_gives_our_own_errors(name: str) -> None:
+def test_damage_guided_by_coverage_gives_our_own_errors(name: str, tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="no wheel of atheris for this Python")
-    ran = run([sys.executable, fuzz_guided.__file__, name, "3000"], capture_output=True, text=True)
+    ran = run([sys.executable, fuzz_guided.__file__, name, "3000", str(tmp_path)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "Done 3000 runs" in ran.stderr
 
