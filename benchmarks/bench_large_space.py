@@ -13,6 +13,8 @@ FrontSampler's prior of drops is one `probe_sensitivity`: of the 256 tokens them
 2,048 tokens of another novel. Its prior of times is the table with an error of 10 % a unit and format, as in
 `bench_sampler.py`, whose reference point (the worst drop and time of the uniform plans) and floor are used.
 
+A CPU without instructions for BF16 computes its products in FP32 and rounds them once (`runtime.target`).
+
 Measured drops are kept in `benchmarks/truths/large-smollm2.jsonl`, an assignment a line; what is there is not
 measured again. `--fill` measures what Optuna's samplers ask for, for so many minutes, and writes no result; several
 processes may fill, each starting with another of the seeds (`--first`).
@@ -49,6 +51,7 @@ from autoprec.recommender.features import bandwidth, gemm_seconds, unit_facts
 from autoprec.records import Mode
 from autoprec.runtime import fp8
 from autoprec.runtime.identity import weights_digest
+from autoprec.runtime.target import products_in_fp32
 
 PATH = FOLDER / "large-smollm2.jsonl"
 CARD, TOKENS = "h100-sxm-80gb", 16_384
@@ -83,7 +86,7 @@ class Drops:
             "units": list(self.units),
             "weights_digest": weights_digest(self.model),
             "data_digest": work.data_digest(),
-            "device": device()["name"],
+            "device": [device()["name"], *device()["instructions"]],
             "torch": torch.__version__,
         }
         if not path.exists():
@@ -91,7 +94,7 @@ class Drops:
         first, *rows = path.read_text().splitlines()
         if json.loads(first) != about:
             raise SystemExit(f"{path} is of another model, text, device or torch; move it away to measure anew")
-        self.path, self.known = path, dict(map(json.loads, rows))
+        self.path, self.known, self.seen = path, dict(map(json.loads, rows)), path.stat().st_size
         self.measured = 0
         with torch.no_grad():
             read = work.readout(self.batch, work.forward(self.batch))
@@ -103,6 +106,8 @@ class Drops:
     def __call__(self, chosen: Assignment) -> float:
         """Return the drop of an assignment, measured now where it is not known."""
         key = "".join(str(FORMATS.index(chosen[name])) for name in self.units)
+        if key not in self.known and self.path.stat().st_size > self.seen:
+            self.look()
         if key not in self.known:
             if time.monotonic() > self.until:
                 raise OutOfTimeError
@@ -112,16 +117,22 @@ class Drops:
                 file.write(json.dumps([key, self.known[key]]) + "\n")
         return self.known[key]
 
+    def look(self) -> None:
+        """Add what other processes have measured; a line is written at once, and the last may still be under way."""
+        text = self.path.read_text()
+        self.seen = len(text)
+        self.known |= dict(map(json.loads, text[: text.rindex("\n")].splitlines()[1:]))
+
     def measure(self, chosen: Assignment) -> float:
         """Run the model with the assignment in force; KL in FP64, with the reference's share of it computed once."""
-        with torch.no_grad(), applied(self.model, self.base.replace(chosen), emulate=True):
+        with torch.no_grad(), products_in_fp32(), applied(self.model, self.base.replace(chosen), emulate=True):
             logits = self.work.readout(self.batch, self.work.forward(self.batch)).predictions.double()
             cross = float(logits.logsumexp(-1).sum() - torch.dot(self.p.view(-1), logits.view(-1)))
         return max((self.negentropy + cross) / logits[..., 0].numel(), 0.0)
 
     def check(self, chosen: Assignment) -> None:
         """See that an assignment's drop is the same each time, and what the package's own comparison gives."""
-        with torch.no_grad(), applied(self.model, self.base.replace(chosen), emulate=True):
+        with torch.no_grad(), products_in_fp32(), applied(self.model, self.base.replace(chosen), emulate=True):
             part = compare(self.reference, self.work.readout(self.batch, self.work.forward(self.batch)))
         plain = float(part.drop.sum() / part.weight.sum())
         with rounded_once(self.model):

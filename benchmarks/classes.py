@@ -97,7 +97,6 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "RobertaForSequenceClassification": ("roberta", BERT),
     "XLMRobertaForSequenceClassification": ("xlm-roberta", BERT),
     "BertForTokenClassification": ("bert", BERT),
-    "BertForQuestionAnswering": ("bert", BERT),
     "RobertaModel": ("roberta", BERT),
     "XLMRobertaModel": ("xlm-roberta", BERT),
     "XLMRobertaForMaskedLM": ("xlm-roberta", BERT),
