@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autoprec.formats import Format
 from autoprec.probe.sites import Site
+from autoprec.runtime.emulate import row_largest
 from autoprec.runtime.fp8 import KeptScale
 from autoprec.runtime.scope import Fp8Scope
 
@@ -57,7 +58,7 @@ def largest_inputs(sites: Sequence[Site], modules: Mapping[str, nn.Module], rows
         if given is None or name in found or len(given) != rows or given.dim() < 2:
             mixed.add(name)
         else:
-            found[name] = torch.linalg.vector_norm(given.detach().reshape(rows, -1), float("inf"), dim=1)
+            found[name] = row_largest(given.detach())
 
     swaps = [swap for site in sites for swap in site.swaps.get(Format.FP8, ()) if swap.kind is Fp8Scope]
     leaves = {swap.module: modules[swap.module] for swap in swaps}

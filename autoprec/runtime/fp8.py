@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoprec.formats import Format, Fp8Family, Fp8Recipe, NumberFormat, layout
-from autoprec.runtime.emulate import fp8_quantize
+from autoprec.runtime.emulate import fp8_quantize, row_largest
 
 __all__ = ["KeptScale", "fp8_emulated_matmul", "fp8_grouped_matmul", "fp8_matmul", "fp8_missing"]
 
@@ -134,7 +134,7 @@ class KeptScale:
         """
         if sum(self.parts) != len(x):
             return None
-        largest = torch.linalg.vector_norm(x.reshape(len(x), -1), float("inf"), dim=1)
+        largest = row_largest(x)
         if self.largest is not None and self.of_batch is not None and torch.equal(largest, self.largest.to(x.dtype)):
             return self.of_batch.to(x.dtype)
         return torch.cat([part.max().expand(len(part)) for part in largest.split(self.parts)])
