@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,12 +23,16 @@ from autoprec.errors import DeviceError
 from autoprec.formats import TF32, Format
 from autoprec.plan import Plan
 from autoprec.predict.forecast import Forecast
+from autoprec.probe.directions import draw_direction
+from autoprec.probe.replay import Replayer
+from autoprec.probe.sites import find_sites
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
-from autoprec.records import CheckOutcome, Direction, Figure, Mode, OpKind, Origin
+from autoprec.records import CheckOutcome, Direction, Figure, LeafKind, Mode, OpKind, Origin
 from autoprec.runtime import target
 from autoprec.runtime.attach import applied
 from autoprec.runtime.emulate import round_to
+from autoprec.runtime.identity import canonical_modules
 from autoprec.runtime.target import RMS_NORM_WIDENED, target_lists
 from autoprec.study.away import away
 from autoprec.study.run import search
@@ -182,6 +187,19 @@ def test_a_product_beyond_fp16_overflows_as_it_would_on_the_card(monkeypatch: py
     with target_lists(tf32=False):
         assert float(x @ x.t()) == float("inf")
         assert (x.float() @ x.float().t()).dtype is torch.float32
+
+
+def test_replays_within_a_backward_multiply_in_fp32_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "_slow", lambda: frozenset({torch.float16}))
+    made = Mock(side_effect=target._in_fp32)
+    monkeypatch.setattr(target, "_in_fp32", made)
+    workload = tiny_llama_workload().with_mode("infer")
+    profile, modules = probe_units(workload.model), canonical_modules(workload.model)
+    sites = find_sites(profile, modules, [Format.FP16], Format.BF16, emulated=True)
+    replayer = Replayer(workload, sites, modules, Format.BF16)
+    replayer.run(workload.batches[0], [Format.FP16], lambda read: draw_direction(read, 0))
+    linear = [leaf for leaf in profile.leaves if leaf.kind is LeafKind.LINEAR]
+    assert len(linear) == 15 and made.call_count == len(linear)
 
 
 def test_packed_operands_are_left_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from autoprec.probe.scales import BatchScales
 from autoprec.probe.sites import Site, in_format
 from autoprec.probe.workload import Workload
 from autoprec.runtime.switches import FAST_ATTENTION_OFF
+from autoprec.runtime.target import products_in_fp32
 
 __all__ = ["Effects", "Key", "Replayer", "floats", "frozen", "repeatable"]
 
@@ -220,7 +221,8 @@ class Replayer:
             else contextlib.nullcontext()
         )
         try:
-            with torch.no_grad(), around, self._standing(call.inside):
+            # hooks of a backward run outside of the modes that are on where it was called
+            with torch.no_grad(), products_in_fp32(), around, self._standing(call.inside):
                 output = call.site.module(*call.args, **call.kwargs)
         finally:
             self._replaying = False
