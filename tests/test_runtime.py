@@ -7,7 +7,6 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,11 +23,9 @@ from transformers import (
 )
 
 from autoprec import Plan, applied, apply, probe_units
-from autoprec.catalog import find_device
 from autoprec.errors import DeviceError, PlanError
 from autoprec.formats import Format, Fp8Recipe
 from autoprec.records import Role
-from autoprec.runtime import layout
 from autoprec.runtime.fp8 import fp8_emulated_matmul
 
 VOCAB = 64
@@ -355,16 +352,6 @@ def test_fp8_without_fp8_units_raises_and_changes_nothing(model: nn.Module) -> N
     with pytest.raises(DeviceError, match=r"cpu has no FP8.*emulate=True"):
         apply(model, Plan.uniform(model, "fp8"))
     assert {name: type(m) for name, m in model.named_modules()} == classes
-
-
-def test_the_device_of_a_plan_is_looked_up_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    # a name that is not in the catalogue takes 5 ms, and was looked up for each layer
-    found = Mock(side_effect=find_device)
-    monkeypatch.setattr(layout, "find_device", found)
-    with applied(model, Plan.uniform(model, "fp8"), emulate=True):
-        assert found.call_count == 1
-    with applied(model, Plan.uniform(model, "bf16")):
-        assert found.call_count == 1
 
 
 def test_fp32_units_need_fp32_weights(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from autoprec.probe.sites import find_sites
 from autoprec.probe.units import probe_units
 from autoprec.probe.workload import Workload
 from autoprec.records import CheckOutcome, Direction, Figure, LeafKind, Mode, OpKind, Origin
-from autoprec.runtime import target
+from autoprec.runtime import layout, target
 from autoprec.runtime.attach import applied
 from autoprec.runtime.emulate import round_to
 from autoprec.runtime.identity import canonical_modules
@@ -200,6 +200,16 @@ def test_replays_within_a_backward_multiply_in_fp32_as_well(monkeypatch: pytest.
     replayer.run(workload.batches[0], [Format.FP16], lambda read: draw_direction(read, 0))
     linear = [leaf for leaf in profile.leaves if leaf.kind is LeafKind.LINEAR]
     assert len(linear) == 15 and made.call_count == len(linear)
+
+
+def test_the_device_of_a_plan_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a name that is not in the catalogue takes 5 ms, and was looked up for each layer
+    found, model = Mock(side_effect=find_device), tiny_llama_workload().model
+    monkeypatch.setattr(layout, "find_device", found)
+    with applied(model, Plan.uniform(model, "fp8"), emulate=True):
+        assert found.call_count == 1
+    with applied(model, Plan.uniform(model, "bf16")):
+        assert found.call_count == 1
 
 
 def test_packed_operands_are_left_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
