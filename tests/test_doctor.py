@@ -173,8 +173,9 @@ def test_the_command_prints_findings_and_exits_1_only_when_something_is_broken(t
     broken, well = DATA / "troubles" / "AP001-trainer.log", DATA / "healthy" / "trainer.log"
     result = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["doctor", "--log", str(broken)])
     assert result.exit_code == 1
+    words = " ".join(result.stdout.split())  # where a line ends depends on how long the file's path is
     for wanted in ("AP001", "error", "Attempting to unscale", "dtype=torch.float32", "https://github.com/"):
-        assert wanted in result.stdout
+        assert wanted in words
     result = CliRunner().invoke(main, ["doctor", "--log", str(well), "--json"])
     assert result.exit_code == 0
     document = json.loads(result.stdout)
