@@ -21,6 +21,7 @@ from rich.console import Console
 
 from autoprec.comparison import Candidate, compare_plans, plan_by_name
 from autoprec.files import as_json
+from autoprec.probe.steps import device_of
 from autoprec.probe.units import probe_units
 from autoprec.records import PlanComparison
 from autoprec.report.compared import print_comparison
@@ -40,7 +41,7 @@ def main() -> None:
     asked = parser.parse_args()
     workload = minilm()
     workload = workload.with_batches(workload.batches[: asked.batches])
-    known = absent_device(workload, asked.device)
+    known = absent_device(device_of(workload.model), asked.device)
     away: dict[str, Any] = {}
     names = ["bf16", "cast-bf16"]
     if known is not None:
