@@ -2,7 +2,7 @@
 
     python benchmarks/bench_compare.py [--device NAME] [--batches N] [--steps N] [--seeds K]
 
-The spam classifier (MiniLM with a logistic head) on mails its head was not fitted on, 16 a batch, under blanket BF16,
+The spam classifier (MiniLM with a logistic head) on mails its head was not fitted on, 8 a batch, under blanket BF16,
 FP16 and FP8. On a card that is not here formats are emulated, times and memory predicted; `--device auto` measures on
 this machine, FP16 and FP8 left out where it has no such units. Writes the result, and its page into docs/compare.md.
 """
