@@ -29,8 +29,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+#: as it was made here: what the variable says in the end may be somebody's own
+_ROOM = os.environ["XDG_CACHE_HOME"]
+
+
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+    shutil.rmtree(_ROOM, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

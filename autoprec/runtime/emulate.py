@@ -95,7 +95,7 @@ def fp8_quantize(
 
 def row_largest(values: Tensor) -> Tensor:
     """Return the largest magnitude of each row of values [rows, ...]; NaN where there is one."""
-    # 10 to 25 times as fast on a CPU as `vector_norm` of infinite order
+    # 10 to 25 times as fast as `vector_norm` of infinite order on a CPU with AVX2 (torch 2.13, one thread)
     return values.reshape(len(values), -1).abs().amax(dim=1)
 
 
